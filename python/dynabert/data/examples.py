@@ -1,0 +1,137 @@
+"""Examples, what a task asks for, and seeded choices among rows. Needs no torch."""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain, zip_longest
+from typing import Literal, NamedTuple, TypeVar
+
+Problem = Literal["classification", "regression", "none"]
+_Item = TypeVar("_Item")
+
+
+class Example(NamedTuple):
+    """One row: a text or a pair of texts and its label; `line` is where its file has it, from 1.
+
+    The label is the index of a class, a score, or None where the task has no labels.
+    """
+
+    text: str
+    text_pair: str | None
+    label: int | float | None
+    line: int = 0
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """What a task asks for.
+
+    Attributes:
+        name: Name it is chosen by, for instance ``sst2``.
+        problem: ``classification``, ``regression``, or ``none`` where there are no labels.
+        text_fields: Names of the one or two text columns.
+        label_names: Names of the classes, in the order of their indices; empty unless
+            classification.
+        metrics: Names of the metrics `dynabert.data.metrics.compute_metrics` reports.
+        primary_metric: The one that models are compared by; empty where there are no labels.
+    """
+
+    name: str
+    problem: Problem
+    text_fields: tuple[str, ...]
+    label_names: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ()
+    primary_metric: str = ""
+
+    @property
+    def num_labels(self) -> int:
+        """Size of the model's output: the number of classes, 1 for a score, 0 without labels."""
+        return {"classification": len(self.label_names), "regression": 1, "none": 0}[self.problem]
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """A task with its examples.
+
+    Attributes:
+        spec: What the task asks for.
+        train: Training examples; empty when only validation was asked for.
+        validation: Validation examples.
+        source: Where the examples come from, in words.
+        fingerprint: SHA-256 over the files (or texts) and the options they were read with.
+    """
+
+    spec: TaskSpec
+    train: list[Example]
+    validation: list[Example]
+    source: str
+    fingerprint: str
+
+
+def holdout_split(examples: Sequence[_Item], n: int, seed: int) -> tuple[list[_Item], list[_Item]]:
+    """Set `n` examples apart, for instance to measure importance on rows that are not trained on.
+
+    The choice depends on the seed and the number of examples only, and is the same on every
+    machine.
+
+    Args:
+        examples: What to split.
+        n: Examples to hold out, from 0 to all but one.
+        seed: Chooses which.
+
+    Returns:
+        The remaining and the held-out examples, each in its former order.
+
+    Raises:
+        ValueError: Too many are asked for.
+    """
+    if not 0 <= n < max(len(examples), 1):
+        raise ValueError(
+            f"holdout_split: n={n}, expected 0 to {len(examples) - 1}. "
+            f"There are {len(examples)} examples, and some must remain."
+        )
+    held_out = set(_shuffled(len(examples), f"holdout:{seed}")[:n])
+    remaining = [item for index, item in enumerate(examples) if index not in held_out]
+    return remaining, [examples[index] for index in sorted(held_out)]
+
+
+def subsample(
+    examples: Sequence[Example], n: int, seed: int, *, balanced: bool = False
+) -> list[Example]:
+    """A seeded choice of `n` examples, in their former order; all of them where there are fewer.
+
+    A larger `n` with the same seed contains every smaller one.
+
+    Args:
+        examples: What to choose from.
+        n: Examples to keep, at least 1.
+        seed: Chooses which.
+        balanced: Take equally many of each class, as far as there are enough. Classification only.
+
+    Raises:
+        ValueError: `n` is not positive, or `balanced` without classes.
+    """
+    if n < 1:
+        raise ValueError(f"subsample: n={n}, expected at least 1. Ask for some rows.")
+    order = _shuffled(len(examples), f"subsample:{seed}")
+    if balanced:
+        by_class: dict[int, list[int]] = defaultdict(list)
+        for index in order:
+            label = examples[index].label
+            if not isinstance(label, int):
+                raise ValueError(
+                    f"subsample: balanced=True with label {label}, expected classes. "
+                    "Only classification tasks can be balanced."
+                )
+            by_class[label].append(index)
+        turns = zip_longest(*(by_class[label] for label in sorted(by_class)))
+        order = [index for index in chain.from_iterable(turns) if index is not None]
+    return [examples[index] for index in sorted(order[:n])]
+
+
+def _shuffled(count: int, salt: str) -> list[int]:
+    """0 to ``count - 1``, ordered by a hash: no random generator whose stream may change."""
+    return sorted(
+        range(count), key=lambda index: hashlib.sha256(f"{salt}:{index}".encode()).digest()
+    )
