@@ -21,7 +21,6 @@ _PACKAGES = ("dynabert-kernels", "torch", "transformers", "triton")
 # Backends of the design that an op may not have yet, in the order in which they would be chosen.
 _NOT_RELEASED = {
     "cuda": "CUDA kernels are not part of this release",
-    "triton": "Triton kernels are not part of this release",
     "cpu": "C++ kernels are not part of this release",
 }
 

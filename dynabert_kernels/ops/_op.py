@@ -1,0 +1,286 @@
+"""The op table: every op has one reference and any number of native backends.
+
+A native backend is an overload of one packet, ``torch.ops.dynabert.<op>.<backend>``, with the
+schema and fake of its op and, where it has one, its own backward. The reference is plain PyTorch,
+called directly, so that autograd, Inductor and exporters see through it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from dynabert_kernels import _env
+
+REFERENCE = "reference"
+OPS: dict[str, Op[Any]] = {}
+"""Every op by name, filled as the op modules are imported."""
+
+_LIBRARY = torch.library.Library("dynabert", "FRAGMENT")
+
+# A plain module attribute: Dynamo guards it, where it cannot trace a ContextVar.
+_forced: str | None = None
+_strict = _env.strict()
+_warned: set[tuple[str, str]] = set()
+
+
+class OpCall(Protocol):
+    """The checked arguments of one call."""
+
+    @property
+    def hidden(self) -> Tensor:
+        """The tokens; their device is the device of the call."""
+        ...
+
+    def arguments(self) -> tuple[Any, ...]:
+        """The arguments in the order of the op's schema."""
+        ...
+
+    def describe(self) -> str:
+        """What an error message should say of the call, besides device and dtype."""
+        ...
+
+
+CallT = TypeVar("CallT", bound=OpCall)
+
+
+@dataclass(frozen=True)
+class Backend(Generic[CallT]):
+    """One native implementation of an op.
+
+    Attributes:
+        name: What `use_backend` calls it.
+        device: Device type it runs on.
+        run: The implementation, taking the schema's arguments; None where C++ registers it.
+        why_not: A sentence if it cannot run this call, else None.
+        unavailable: A sentence if it cannot run anything here (not built, not installed). Asked
+            at every call on `device`, and traced by Dynamo: it reads a constant.
+        backward: Gradient formula, as `torch.library.register_autograd` takes it. A backend
+            without one is not used where gradients are needed.
+        setup_context: What `backward` keeps, as `torch.library.register_autograd` takes it.
+    """
+
+    name: str
+    device: str
+    run: Callable[..., Tensor] | None = None
+    why_not: Callable[[CallT], str | None] | None = None
+    unavailable: Callable[[], str | None] | None = None
+    backward: Callable[..., Any] | None = None
+    setup_context: Callable[..., None] | None = None
+
+
+class Op(Generic[CallT]):
+    """An op and its backends; the first backend that can run a call runs it.
+
+    Args:
+        name: Name of the op and of its packet in ``torch.ops.dynabert``.
+        schema: Arguments and result in torch's schema language, without a name.
+        fake: Shape function with the schema's arguments, for tracing.
+        reference: Plain PyTorch implementation, taking the call.
+        why_not_native: A sentence if a call asks for what the schema cannot say, else None.
+        backends: Native backends, best first.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        schema: str,
+        fake: Callable[..., Tensor],
+        reference: Callable[[CallT], Tensor],
+        why_not_native: Callable[[CallT], str | None] | None = None,
+        backends: Sequence[Backend[CallT]] = (),
+    ) -> None:
+        self.name = name
+        self.schema = schema
+        self.fake = fake
+        self.reference = reference
+        self.why_not_native = why_not_native
+        self.backends: tuple[Backend[CallT], ...] = ()
+        for backend in backends:
+            self._register(backend)
+        OPS[name] = self
+
+    @property
+    def backend_names(self) -> tuple[str, ...]:
+        """Every name `use_backend` accepts for this op, best first."""
+        return (*(backend.name for backend in self.backends), REFERENCE)
+
+    def _register(self, backend: Backend[CallT]) -> None:
+        overload = f"{self.name}.{backend.name}"
+        qualified = f"dynabert::{overload}"
+        _LIBRARY.define(overload + self.schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(qualified, self.fake, lib=_LIBRARY)
+        if backend.backward is not None:
+            torch.library.register_autograd(
+                qualified, backend.backward, setup_context=backend.setup_context, lib=_LIBRARY
+            )
+        if backend.run is not None:
+            _LIBRARY.impl(overload, backend.run, backend.device.upper())
+        self.backends = (*self.backends, backend)
+
+    def __call__(self, call: CallT) -> Tensor:
+        """Run a checked call on the chosen backend.
+
+        Raises:
+            NotImplementedError: The forced backend cannot run this call, or none may.
+        """
+        backend = self._choose(call)
+        if backend is None:
+            return self.reference(call)
+        overload = getattr(getattr(torch.ops.dynabert, self.name), backend.name)
+        result: Tensor = overload(*call.arguments())
+        return result
+
+    def status(self, device: torch.device | str) -> list[tuple[str, str | None]]:
+        """Each backend with None, or the reason it cannot run anything on `device`."""
+        device_type = torch.device(device).type
+        rows: list[tuple[str, str | None]] = [
+            (backend.name, _unavailable(backend, device_type)) for backend in self.backends
+        ]
+        return [*rows, (REFERENCE, None)]
+
+    def why_not(self, name: str, call: CallT) -> str | None:
+        """Why backend `name` cannot run this call, or None if it can.
+
+        Raises:
+            ValueError: The op has no such backend.
+        """
+        if name == REFERENCE:
+            return None
+        for backend in self.backends:
+            if backend.name == name:
+                return self._why_not(backend, call)
+        raise ValueError(
+            f"{self.name}: backend={name!r}, expected one of {', '.join(self.backend_names)}. "
+            "Run `python -m dynabert_kernels` for the table."
+        )
+
+    def _why_not(self, backend: Backend[CallT], call: CallT) -> str | None:
+        reason = _unavailable(backend, call.hidden.device.type)
+        if reason is None and self.why_not_native is not None:
+            reason = self.why_not_native(call)
+        if reason is None and backend.backward is None and _needs_gradients(call):
+            reason = "it has no backward, and gradients are needed. Call it under torch.no_grad()"
+        if reason is None and backend.why_not is not None:
+            reason = backend.why_not(call)
+        return reason
+
+    def _choose(self, call: CallT) -> Backend[CallT] | None:
+        if _forced == REFERENCE:
+            return None
+        reasons: dict[str, str] = {}
+        native_here = False
+        for backend in self.backends:
+            reason = self._why_not(backend, call)
+            if _forced is not None and backend.name != _forced:
+                reasons[backend.name] = reason or f"not used while {_forced!r} is forced"
+                continue
+            if reason is None:
+                return backend
+            reasons[backend.name] = reason
+            native_here = native_here or backend.device == call.hidden.device.type
+        if _forced is not None:
+            reasons.setdefault(_forced, "the op has no such backend")
+            raise self._cannot_run(call, reasons, f"not used while {_forced!r} is forced")
+        if native_here:
+            if _strict:
+                raise self._cannot_run(call, reasons, "switched off by DYNABERT_STRICT=1")
+            self._warn_once(call, reasons)
+        return None
+
+    def _cannot_run(
+        self, call: CallT, reasons: dict[str, str], reference: str
+    ) -> NotImplementedError:
+        hidden = call.hidden
+        dtype = str(hidden.dtype).removeprefix("torch.")
+        lines = [
+            f"{self.name}: no backend can run this call "
+            f"(device {hidden.device}, {dtype}, {call.describe()})"
+        ]
+        lines += [f"  {name}: {reason}" for name, reason in reasons.items()]
+        lines.append(f"  {REFERENCE}: {reference}")
+        return NotImplementedError("\n".join(lines))
+
+    def _warn_once(self, call: CallT, reasons: dict[str, str]) -> None:
+        key = (self.name, call.hidden.device.type)
+        if torch.compiler.is_compiling() or key in _warned:
+            return
+        _warned.add(key)
+        listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        warnings.warn(
+            f"{self.name}: running on the reference backend, because {listed}. Choose it with "
+            "use_backend('reference') to silence this; said once.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+def _unavailable(backend: Backend[Any], device_type: str) -> str | None:
+    if backend.device != device_type:
+        return f"device={device_type}, expected {backend.device}"
+    return backend.unavailable() if backend.unavailable is not None else None
+
+
+def _needs_gradients(call: OpCall) -> bool:
+    return torch.is_grad_enabled() and any(
+        isinstance(argument, Tensor) and argument.requires_grad for argument in call.arguments()
+    )
+
+
+class _BackendScope:
+    """Puts the backend of before back when the ``with`` block ends."""
+
+    def __init__(self, before: str | None) -> None:
+        self._before = before
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        global _forced
+        _forced = self._before
+
+
+def use_backend(name: str | None) -> _BackendScope:
+    """Force one backend for every op of this process, or choose automatically again.
+
+    Takes effect at once, as a plain call; in a ``with`` statement it lasts to the end of the
+    block. It holds for all threads: a server chooses once, at its start. A forced backend that
+    cannot run a call raises, and never falls through to another.
+
+    Args:
+        name: A backend of some op, such as ``"reference"``; None to choose automatically.
+
+    Returns:
+        A context manager that puts the choice of before back.
+
+    Raises:
+        ValueError: No op has such a backend.
+    """
+    global _forced
+    known = dict.fromkeys(name for op in OPS.values() for name in op.backend_names)
+    if name is not None and name not in known:
+        raise ValueError(
+            f"use_backend: name={name!r}, expected None or one of {', '.join(known)}. "
+            "Run `python -m dynabert_kernels` for the table of backends."
+        )
+    scope = _BackendScope(_forced)
+    _forced = name
+    return scope
+
+
+def forced_backend() -> str | None:
+    """The backend in force by `use_backend` or ``DYNABERT_BACKEND``, or None."""
+    return _forced

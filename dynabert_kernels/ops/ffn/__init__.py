@@ -1,0 +1,126 @@
+"""The feed-forward sublayer on a prefix of its neurons."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dynabert_kernels.layout import PackedFFN
+from dynabert_kernels.ops import _checks
+from dynabert_kernels.ops._op import Op
+from dynabert_kernels.ops.ffn import _reference, _triton
+
+_WHO = "ffn"
+
+
+class FFNCall(NamedTuple):
+    """The checked arguments of one call; see `ffn`."""
+
+    hidden: Tensor
+    weights: PackedFFN
+    intermediate_size: int
+    intermediate_sizes: Tensor | None
+    cu_seqlens: Tensor | None
+    dropout_p: float
+    seed: int | None
+
+    def arguments(self) -> tuple[Any, ...]:
+        """The arguments in the order of the schema."""
+        weights = self.weights
+        return (
+            self.hidden,
+            weights.up_weight,
+            weights.up_bias,
+            weights.down_weight,
+            weights.down_bias,
+            weights.norm_weight,
+            weights.norm_bias,
+            weights.norm_eps,
+            weights.activation,
+            self.intermediate_size,
+            self.intermediate_sizes,
+            self.cu_seqlens,
+            self.dropout_p,
+            self.seed,
+        )
+
+    def describe(self) -> str:
+        """Sizes for an error message."""
+        return f"hidden_size {self.weights.hidden_size}, {self.weights.activation}"
+
+
+def _fake(hidden: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(hidden)
+
+
+FFN: Op[FFNCall] = Op(
+    "ffn",
+    schema=(
+        "(Tensor hidden, Tensor up_weight, Tensor up_bias, Tensor down_weight, Tensor down_bias, "
+        "Tensor norm_weight, Tensor norm_bias, float norm_eps, str activation, "
+        "SymInt intermediate_size, Tensor? intermediate_sizes, Tensor? cu_seqlens, "
+        "float dropout_p, SymInt? seed) -> Tensor"
+    ),
+    fake=_fake,
+    reference=_reference.ffn,
+    backends=(_triton.BACKEND,),
+)
+
+
+def ffn(
+    hidden: Tensor,
+    weights: PackedFFN,
+    *,
+    intermediate_size: int | Tensor,
+    cu_seqlens: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+) -> Tensor:
+    """Post-norm feed-forward sublayer on the first `intermediate_size` neurons.
+
+    Computes ``LayerNorm(dropout(act(hidden @ up[:n].T + up_bias[:n]) @ down[:n] + down_bias) +
+    hidden)`` and reads no other weight (DynaBERT, section 3.1). Half-precision tokens may come
+    with float32 weights, and ``torch.autocast`` sets the dtype of the matrix products; LayerNorm
+    is computed in float32.
+
+    Args:
+        hidden: Tokens, ``[total_tokens, hidden_size]``; float32, bfloat16, float16 or float64.
+        weights: Packed weights; see `dynabert_kernels.layout`.
+        intermediate_size: Neurons to use, 1 to ``weights.intermediate_size``; or one value per
+            sequence, ``[batch_size]``, int32, on the CPU or beside `hidden` (the reference reads
+            it back, which waits for a GPU).
+        cu_seqlens: Ragged offsets, ``[batch_size + 1]``, int32; needed with one width per
+            sequence.
+        dropout_p: Probability of zeroing an element before the residual is added.
+        seed: None draws from torch's generator. An int in [0, 2**63) gives the counter-based
+            mask of `dynabert_kernels.dropout`; give each layer and step its own.
+
+    Returns:
+        ``[total_tokens, hidden_size]``, dtype of `hidden`.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: A shape, dtype, device or size is out of range.
+        NotImplementedError: No backend may run this call; the message lists each reason.
+    """
+    if not isinstance(weights, PackedFFN):
+        raise TypeError(
+            f"{_WHO}: weights={type(weights).__name__}, expected PackedFFN. "
+            "Pack them with PackedFFN.from_hf."
+        )
+    weights.validate()
+    _checks.check_hidden(_WHO, hidden, weights.up_weight, weights.hidden_size)
+    if cu_seqlens is not None:
+        _checks.check_ragged(_WHO, hidden, cu_seqlens, None)
+    limit = weights.intermediate_size
+    sizes: Tensor | None = None
+    if isinstance(intermediate_size, Tensor):
+        sizes = intermediate_size
+        intermediate_size = limit
+        _checks.check_widths(_WHO, "intermediate_size", sizes, cu_seqlens, limit, "neurons")
+    else:
+        _checks.check_width(_WHO, "intermediate_size", intermediate_size, limit, "neurons")
+    _checks.check_dropout(_WHO, "dropout_p", dropout_p, seed)
+    return FFN(FFNCall(hidden, weights, intermediate_size, sizes, cu_seqlens, dropout_p, seed))

@@ -1,0 +1,64 @@
+"""The `backend` fixture: every backend of the op that a test module names as `OP`.
+
+A backend that joins the op table joins these tests with nothing more to write. A skip prints the
+table's own reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dynabert_kernels import use_backend
+from dynabert_kernels.ops import Op
+
+
+@dataclass(frozen=True)
+class BackendUnderTest:
+    """One backend of one op; calling it runs a function with this backend forced."""
+
+    op: Op[Any]
+    name: str
+    device: str
+
+    def __call__(self, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        with use_backend(self.name):
+            try:
+                return function(*args, **kwargs)
+            except NotImplementedError as error:
+                reasons = [line.strip() for line in str(error).splitlines()]
+                pytest.skip(next(r for r in reasons if r.startswith(f"{self.name}:")))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" in metafunc.fixturenames:
+        op = metafunc.module.OP
+        cases = [BackendUnderTest(op, backend.name, backend.device) for backend in op.backends]
+        cases.append(BackendUnderTest(op, "reference", "cpu"))
+        if torch.cuda.is_available():
+            cases.append(BackendUnderTest(op, "reference", "cuda"))
+        names = [case.name if case.device == "cpu" else f"{case.name}_cuda" for case in cases]
+        metafunc.parametrize("backend", cases, ids=names, indirect=True)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> BackendUnderTest:
+    case = request.param
+    reason = dict(case.op.status(case.device))[case.name]
+    if reason is None and case.device == "cuda" and not torch.cuda.is_available():
+        reason = "torch.cuda.is_available() is False"
+    if reason is not None:
+        pytest.skip(f"{case.name}: {reason}")
+    return case
+
+
+@pytest.fixture(autouse=True)
+def automatic_backend() -> Iterator[None]:
+    """Every test starts and ends with no backend forced."""
+    with use_backend(None):
+        yield
