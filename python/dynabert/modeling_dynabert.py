@@ -1,0 +1,402 @@
+"""The DynaBERT encoder: BERT or RoBERTa, its width and depth chosen per call (DynaBERT, section 3).
+
+Reads top to bottom like the figure of the paper: embeddings, a layer of two elastic sublayers, the
+stack that skips layers, the model. The two sublayers themselves are `dynabert_kernels.attention`
+and `dynabert_kernels.ffn`.
+
+Letters: B sequences, S padded length, T real tokens of the batch, C hidden_size, H heads, D
+head_dim, I FFN neurons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from dynabert.configuration_dynabert import DynaBertConfig
+from dynabert.modeling_inputs import (
+    BatchLayout,
+    check_ids,
+    check_kwargs,
+    checked_tokens,
+    first_token,
+)
+from dynabert.modeling_pretrained import DynaBertPreTrainedModel
+from dynabert.subnet import SubnetConfig, SubnetShape
+from dynabert_kernels import PackedAttention, PackedFFN, attention, ffn
+from dynabert_kernels.varlen import Packing
+
+Subnet = SubnetConfig | SubnetShape | None
+
+
+class LayerStep(NamedTuple):
+    """One layer of a call: which, at what width, for which sequences.
+
+    Widths are one number, or int32 on the CPU with one per sequence that runs the layer; `rows` is
+    None for all.
+    """
+
+    layer: int
+    num_heads: int | Tensor
+    intermediate_size: int | Tensor
+    rows: tuple[int, ...] | None
+
+
+class DynaBertEmbeddings(nn.Module):
+    """Word, position and segment embeddings, summed and normalised; never elastic."""
+
+    def __init__(self, config: DynaBertConfig) -> None:
+        super().__init__()
+        pad = config.pad_token_id
+        position_pad = pad if config.architecture == "roberta" else None
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=pad)
+        self.position_embeddings = nn.Embedding(
+            config.max_position_embeddings, config.hidden_size, padding_idx=position_pad
+        )
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, words: Tensor, positions: Tensor, segments: Tensor) -> Tensor:
+        """Embed packed tokens.
+
+        Args:
+            words: Token ids, ``[T]`` integer; or embeddings in their place, ``[T, C]``.
+            positions: ``[T]`` integer.
+            segments: Token types, ``[T]`` integer.
+
+        Returns:
+            ``[T, C]``.
+        """
+        embedded = words if words.is_floating_point() else self.word_embeddings(words)
+        embedded = (
+            embedded + self.token_type_embeddings(segments) + self.position_embeddings(positions)
+        )
+        normed: Tensor = self.dropout(self.norm(embedded))
+        return normed
+
+
+class DynaBertAttention(nn.Module):
+    """Attention sublayer; its parameters are packed heads first, so a width is a prefix."""
+
+    def __init__(self, config: DynaBertConfig) -> None:
+        super().__init__()
+        heads, head_dim, hidden = config.num_attention_heads, config.head_dim, config.hidden_size
+        self.qkv_weight = nn.Parameter(torch.empty(heads, 3, head_dim, hidden))
+        self.qkv_bias = nn.Parameter(torch.empty(heads, 3, head_dim))
+        self.out_weight = nn.Parameter(torch.empty(heads, head_dim, hidden))
+        self.out_bias = nn.Parameter(torch.empty(hidden))
+        self.norm_weight = nn.Parameter(torch.empty(hidden))
+        self.norm_bias = nn.Parameter(torch.empty(hidden))
+        self.norm_eps = config.layer_norm_eps
+        self.dropout_p = config.hidden_dropout_prob
+        self.attention_dropout_p = config.attention_probs_dropout_prob
+
+    def packed(self) -> PackedAttention:
+        """The parameters as the kernels take them; references, no copy."""
+        return PackedAttention(
+            self.qkv_weight,
+            self.qkv_bias,
+            self.out_weight,
+            self.out_bias,
+            self.norm_weight,
+            self.norm_bias,
+            self.norm_eps,
+        )
+
+    def forward(
+        self, hidden: Tensor, num_heads: int | Tensor, packing: Packing, attn_mask: Tensor | None
+    ) -> Tensor:
+        """Run the first `num_heads` heads, ``[T, C]`` to ``[T, C]``."""
+        return attention(
+            hidden,
+            self.packed(),
+            num_heads=num_heads,
+            cu_seqlens=packing.cu_seqlens,
+            max_seqlen=packing.max_seqlen,
+            dropout_p=self.dropout_p if self.training else 0.0,
+            attention_dropout_p=self.attention_dropout_p if self.training else 0.0,
+            attn_mask=attn_mask,
+        )
+
+
+class DynaBertFFN(nn.Module):
+    """Feed-forward sublayer; its parameters are packed neurons first, so a width is a prefix."""
+
+    def __init__(self, config: DynaBertConfig) -> None:
+        super().__init__()
+        neurons, hidden = config.intermediate_size, config.hidden_size
+        self.up_weight = nn.Parameter(torch.empty(neurons, hidden))
+        self.up_bias = nn.Parameter(torch.empty(neurons))
+        self.down_weight = nn.Parameter(torch.empty(neurons, hidden))
+        self.down_bias = nn.Parameter(torch.empty(hidden))
+        self.norm_weight = nn.Parameter(torch.empty(hidden))
+        self.norm_bias = nn.Parameter(torch.empty(hidden))
+        self.norm_eps = config.layer_norm_eps
+        self.activation = config.activation
+        self.dropout_p = config.hidden_dropout_prob
+
+    def packed(self) -> PackedFFN:
+        """The parameters as the kernels take them; references, no copy."""
+        return PackedFFN(
+            self.up_weight,
+            self.up_bias,
+            self.down_weight,
+            self.down_bias,
+            self.norm_weight,
+            self.norm_bias,
+            self.norm_eps,
+            self.activation,
+        )
+
+    def forward(self, hidden: Tensor, intermediate_size: int | Tensor, packing: Packing) -> Tensor:
+        """Run the first `intermediate_size` neurons, ``[T, C]`` to ``[T, C]``."""
+        return ffn(
+            hidden,
+            self.packed(),
+            intermediate_size=intermediate_size,
+            cu_seqlens=packing.cu_seqlens,
+            dropout_p=self.dropout_p if self.training else 0.0,
+        )
+
+
+class DynaBertLayer(GradientCheckpointingLayer):
+    """One encoder layer: attention, then feed-forward, each on its own prefix."""
+
+    def __init__(self, config: DynaBertConfig) -> None:
+        super().__init__()
+        self.attention = DynaBertAttention(config)
+        self.ffn = DynaBertFFN(config)
+
+    def forward(
+        self, hidden: Tensor, step: LayerStep, packing: Packing, attn_mask: Tensor | None = None
+    ) -> Tensor:
+        """``[T, C]`` to ``[T, C]`` at the widths of `step`."""
+        hidden = self.attention(hidden, step.num_heads, packing, attn_mask)
+        hidden = self.ffn(hidden, step.intermediate_size, packing)
+        return hidden
+
+
+class DynaBertEncoder(nn.Module):
+    """The stack of layers, of which a call runs some."""
+
+    def __init__(self, config: DynaBertConfig) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList([DynaBertLayer(config) for _ in range(config.num_hidden_layers)])
+
+    def forward(
+        self,
+        hidden: Tensor,
+        steps: Sequence[LayerStep],
+        packing: Packing,
+        attn_mask: Tensor | None = None,
+    ) -> list[Tensor]:
+        """Run `steps` and return the state before the first and after each, ``[T, C]``.
+
+        Sequences that skip a layer are untouched by it: their rows never enter its kernels.
+        """
+        states = [hidden]
+        parts: dict[tuple[int, ...], tuple[Packing, Tensor | slice]] = {}
+        for step in steps:
+            layer = self.layer[step.layer]
+            if step.rows is None:
+                hidden = layer(hidden, step, packing, attn_mask)
+            else:
+                if step.rows not in parts:
+                    parts[step.rows] = packing.select(step.rows)
+                part, tokens = parts[step.rows]
+                part_mask = attn_mask[list(step.rows)] if attn_mask is not None else None
+                hidden = _replaced(hidden, tokens, layer(hidden[tokens], step, part, part_mask))
+            states.append(hidden)
+        return states
+
+
+class DynaBertPooler(nn.Module):
+    """Dense layer and tanh on the first real token of each sequence; never elastic."""
+
+    def __init__(self, config: DynaBertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, first: Tensor) -> Tensor:
+        """``[B, C]`` to ``[B, C]``."""
+        return torch.tanh(self.dense(first))
+
+
+class DynaBertModel(DynaBertPreTrainedModel):
+    """The encoder, with padding removed before the embeddings and restored after the last layer."""
+
+    weights_prefix = ""
+
+    def __init__(self, config: DynaBertConfig, add_pooling_layer: bool = True) -> None:
+        super().__init__(config)
+        self.embeddings = DynaBertEmbeddings(config)
+        self.encoder = DynaBertEncoder(config)
+        self.pooler = DynaBertPooler(config) if add_pooling_layer else None
+        self.post_init()  # type: ignore[no-untyped-call]
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The word embeddings."""
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the word embeddings."""
+        self.embeddings.word_embeddings = cast(nn.Embedding, value)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        subnet: Subnet | Sequence[Subnet] = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling | tuple[Any, ...]:
+        """Encode a padded batch with one subnet, or with one per sequence.
+
+        Args:
+            input_ids: Token ids, ``[B, S]`` integer.
+            attention_mask: Non-zero where a token is real, ``[B, S]``; padding may be left, right
+                or in holes. ``[B, S, S]`` and ``[B, 1 or H, S, S]`` (boolean, or additive) select
+                pairs of tokens; they run on the reference backend without unpadding.
+            token_type_ids: Segments, ``[B, S]`` integer; default 0.
+            position_ids: ``[B, S]`` or ``[1, S]`` integer; default as the architecture counts them.
+            inputs_embeds: Embeddings in the place of `input_ids`, ``[B, S, C]``.
+            subnet: What to run; None is the full network. A sequence holds one per row of the
+                batch.
+            output_hidden_states: Also return the embeddings and the state after each layer that
+                ran.
+            return_dict: False returns a tuple.
+            **kwargs: Arguments Hugging Face's callers pass along; one that this model cannot honour
+                is refused.
+
+        Returns:
+            ``last_hidden_state`` ``[B, S, C]``, ``pooler_output`` ``[B, C]`` if the model has a
+            pooler, and ``hidden_states``: ``[B, S, C]`` each. Padded positions are zero. The pooler
+            reads the first real token of each sequence: position 0, or the first one after left
+            padding. With subnets of different depths, entry k of ``hidden_states`` is each
+            sequence's own k-th state, zero where it has fewer.
+
+        Raises:
+            TypeError: An argument has the wrong type, or is not known.
+            ValueError: A shape, a length or a subnet does not fit.
+        """
+        check_kwargs(self.config, kwargs)
+        tokens = checked_tokens(input_ids, inputs_embeds, self.config)
+        batch_size, seq_len = tokens.shape[:2]
+        num_types, num_positions = self.config.type_vocab_size, self.config.max_position_embeddings
+        check_ids("token_type_ids", token_type_ids, batch_size, seq_len, num_types)
+        check_ids("position_ids", position_ids, batch_size, seq_len, num_positions)
+        if position_ids is None:
+            position_ids = self._positions(input_ids, batch_size, seq_len, tokens.device)
+        if token_type_ids is None:
+            token_type_ids = torch.zeros(
+                batch_size, seq_len, dtype=torch.long, device=tokens.device
+            )
+        steps = _layer_steps(self._shapes(subnet, batch_size))
+        layout = BatchLayout.of(attention_mask, batch_size, seq_len, tokens.device)
+
+        hidden = self.embeddings(
+            layout.pack(tokens),
+            layout.pack(position_ids.expand(batch_size, seq_len)),
+            layout.pack(token_type_ids.expand(batch_size, seq_len)),
+        )
+        states = self.encoder(hidden, steps, layout.packing, layout.pair_mask)
+
+        last = layout.restore(states[-1])
+        pooled = self.pooler(first_token(last, attention_mask)) if self.pooler is not None else None
+        hidden_states = None
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if output_hidden_states:
+            padded = [*(layout.restore(state) for state in states[:-1]), last]
+            hidden_states = tuple(_own_states(padded, steps, batch_size))
+        output = BaseModelOutputWithPooling(
+            last_hidden_state=last, pooler_output=pooled, hidden_states=hidden_states
+        )
+        return output if self.wants_dict(return_dict) else output.to_tuple()
+
+    def _positions(
+        self, input_ids: Tensor | None, batch_size: int, seq_len: int, device: torch.device
+    ) -> Tensor:
+        """Positions as the architecture counts them, padding included, ``[B or 1, S]``."""
+        offset = self.config.position_offset
+        if self.config.architecture == "roberta" and input_ids is not None:
+            is_token = input_ids.ne(cast(int, self.config.pad_token_id)).long()
+            return is_token.cumsum(dim=1) * is_token + (offset - 1)
+        return torch.arange(offset, offset + seq_len, device=device).unsqueeze(0)
+
+    def _shapes(self, subnet: Subnet | Sequence[Subnet], batch_size: int) -> list[SubnetShape]:
+        """One shape for the whole batch, or one per sequence."""
+        if not isinstance(subnet, Sequence) or isinstance(subnet, str):
+            return [self.subnet_shape(self.default_subnet if subnet is None else subnet)]
+        if len(subnet) != batch_size:
+            raise ValueError(
+                f"{type(self).__name__}: subnet has {len(subnet)} entries, expected one per "
+                f"sequence ({batch_size})."
+            )
+        return [self.subnet_shape(entry) for entry in subnet] or [self.subnet_shape(None)]
+
+
+def _layer_steps(shapes: Sequence[SubnetShape]) -> list[LayerStep]:
+    """The layers that run, in order, from one shape for all sequences or one for each."""
+    if all(shape == shapes[0] for shape in shapes[1:]):
+        return [
+            LayerStep(layer.index, layer.num_heads, layer.intermediate_size, None)
+            for layer in shapes[0].layers
+        ]
+    runs: dict[int, list[tuple[int, int, int]]] = {}
+    for row, shape in enumerate(shapes):
+        for layer in shape.layers:
+            runs.setdefault(layer.index, []).append((row, layer.num_heads, layer.intermediate_size))
+    steps = []
+    for index in sorted(runs):
+        rows, heads, neurons = zip(*runs[index], strict=True)
+        some = None if len(rows) == len(shapes) else rows
+        steps.append(LayerStep(index, _width(heads), _width(neurons), some))
+    return steps
+
+
+def _width(values: tuple[int, ...]) -> int | Tensor:
+    return values[0] if len(set(values)) == 1 else torch.tensor(values, dtype=torch.int32)
+
+
+def _replaced(hidden: Tensor, tokens: Tensor | slice, rows: Tensor) -> Tensor:
+    """`hidden` with some of its rows replaced, as a new tensor."""
+    if isinstance(tokens, slice):
+        return torch.slice_scatter(hidden, rows, 0, tokens.start, tokens.stop)
+    return hidden.index_copy(0, tokens, rows)
+
+
+def _own_states(
+    padded: Sequence[Tensor], steps: Sequence[LayerStep], batch_size: int
+) -> list[Tensor]:
+    """Each sequence's own hidden states, from the state of the batch after each step."""
+    if all(step.rows is None for step in steps):
+        return list(padded)
+    own: list[list[int]] = [[0] for _ in range(batch_size)]  # the steps that changed each sequence
+    for done, step in enumerate(steps, start=1):
+        for row in range(batch_size) if step.rows is None else step.rows:
+            own[row].append(done)
+    states = []
+    for k in range(max(map(len, own))):
+        groups: dict[int, list[int]] = {}
+        for row, done_steps in enumerate(own):
+            groups.setdefault(done_steps[k] if k < len(done_steps) else -1, []).append(row)
+        pieces = [
+            torch.zeros_like(padded[0][rows]) if done < 0 else padded[done][rows]
+            for done, rows in groups.items()
+        ]
+        order = torch.tensor(
+            [row for rows in groups.values() for row in rows], device=padded[0].device
+        )
+        states.append(torch.cat(pieces)[order.argsort()])
+    return states
