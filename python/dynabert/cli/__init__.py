@@ -1,0 +1,6 @@
+"""The command ``dynabert``: one file for each verb, all on the application in `_app`."""
+
+from dynabert.cli import demo, doctor, evaluate, latency, pick, train
+from dynabert.cli._app import app
+
+__all__ = ["app", "demo", "doctor", "evaluate", "latency", "pick", "train"]

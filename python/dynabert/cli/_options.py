@@ -1,0 +1,136 @@
+"""Options that several verbs share, and how their values are written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dynabert.data.tasks import TASK_NAMES
+from dynabert.subnet import SubnetConfig
+
+if TYPE_CHECKING:
+    import torch
+
+Place = Annotated[
+    Path, typer.Argument(metavar="RUN", help="Folder of a training run, or of a model.")
+]
+Task = Annotated[str, typer.Option(metavar="NAME", help=f"One of {', '.join(TASK_NAMES)}.")]
+DataDir = Annotated[
+    Path | None,
+    typer.Option(help="Folder of GLUE's official files, or the one own files are relative to."),
+]
+TrainFile = Annotated[
+    Path | None, typer.Option(help="Own files: a CSV, TSV or JSONL file to train on.")
+]
+ValidationFile = Annotated[
+    Path | None, typer.Option(help="Own files: one to validate on; default: held-out rows.")
+]
+TextColumn = Annotated[str, typer.Option(help="Own files: column of the text.")]
+PairColumn = Annotated[str | None, typer.Option(help="Own files: column of a second text.")]
+LabelColumn = Annotated[
+    str, typer.Option(help="Own files: column of the label; '' where there is none.")
+]
+FromHub = Annotated[
+    bool, typer.Option("--from-hub", help="Fetch GLUE through `datasets` if no --data-dir.")
+]
+Widths = Annotated[
+    str | None, typer.Option(metavar="LIST", help="Widths of the grid, for instance 1,0.75,1/2.")
+]
+Depths = Annotated[
+    str | None, typer.Option(metavar="LIST", help="Depths of the grid, for instance 1,2/3,1/2.")
+]
+BatchSize = Annotated[int, typer.Option(help="Sequences per forward pass.")]
+SeqLen = Annotated[int, typer.Option(help="Tokens per sequence.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; default: PyTorch's choice.")]
+Device = Annotated[str, typer.Option(metavar="NAME", help="cpu or cuda.")]
+Dtype = Annotated[str, typer.Option(metavar="NAME", help="float32, bfloat16 or float16.")]
+Backend = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Backend of every operator; default: chosen per call."),
+]
+Seconds = Annotated[float, typer.Option(help="Time to spend on each subnet, in seconds.")]
+
+
+def parse_fractions(option: str, text: str | None) -> tuple[float, ...] | None:
+    """``1,0.75,2/3`` as numbers; None for None.
+
+    Raises:
+        ValueError: A part is not a number in (0, 1].
+    """
+    if text is None:
+        return None
+    try:
+        return tuple(SubnetConfig.parse(part).width_mult for part in text.split(","))
+    except ValueError as error:
+        raise ValueError(
+            f"{option}: {text!r}, expected numbers in (0, 1] such as 1,0.75,1/2. ({error})"
+        ) from error
+
+
+def parse_device(name: str | None) -> str:
+    """A device that is there; for None the GPU where there is one, else the CPU.
+
+    Raises:
+        ValueError: There is no such device.
+    """
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    allowed = ["cpu", *(["cuda", *gpus] if gpus else [])]
+    if name not in allowed:
+        raise ValueError(f"--device: {name!r}, expected one of {', '.join(allowed)} here.")
+    return name
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """A floating-point type by its name.
+
+    Raises:
+        ValueError: Not one of those a model is timed in.
+    """
+    import torch
+
+    allowed = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in allowed:
+        raise ValueError(f"--dtype: {name!r}, expected one of {', '.join(allowed)}.")
+    return allowed[name]
+
+
+def check_seq_len(seq_len: int, longest: int) -> None:
+    """Refuse more tokens than a model has positions.
+
+    Raises:
+        ValueError: There are too many.
+    """
+    if seq_len > longest:
+        raise ValueError(
+            f"--seq-len: {seq_len}, expected at most {longest}. The model has no more positions."
+        )
+
+
+def parse_by_stage(option: str, text: str | None, names: Sequence[str]) -> dict[str, float]:
+    """A number for every stage (``3``), or for some of them (``teacher=2,width=1``), by stage.
+
+    Raises:
+        ValueError: Not of that form, or not a stage.
+    """
+    if text is None:
+        return {}
+    try:
+        if "=" not in text:
+            return dict.fromkeys(names, float(text))
+        pairs = [part.split("=") for part in text.split(",")]
+        values = {name.strip(): float(value) for name, value in pairs}
+    except ValueError:
+        values = {"": 0.0}
+    if not set(values) <= set(names):
+        raise ValueError(
+            f"{option}: {text!r}, expected one number or pairs such as {names[0]}=2. "
+            f"The stages are {', '.join(names)}."
+        )
+    return values
