@@ -2,7 +2,8 @@
 
     python -m benchmarks.record_run RUN --name sst2-minilm --out benchmarks/results/sst2_minilm.jsonl
 
-One row for the run, one per stage (with what rewiring alone did), one per subnet of the final grid.
+One row for the run, one per stage (with what rewiring alone did), one per subnet of the final grid,
+with its latency where `dynabert latency RUN` has measured it.
 Folders are left out, so a record says nothing of the machine but its hardware and versions.
 """
 
@@ -23,6 +24,7 @@ from dynabert.report import GridReport
 
 _SCHEMA = 1
 _FOLDERS = ("output_dir",)
+_LATENCIES = ("median_ms", "p20_ms", "p80_ms")
 
 
 def run_rows(run_dir: Path, name: str) -> list[dict[str, Any]]:
@@ -48,6 +50,7 @@ def run_rows(run_dir: Path, name: str) -> list[dict[str, Any]]:
             "arguments": arguments,
             "grid_mean": grid.mean,
             "metric": grid.primary_metric,
+            "latency_setting": grid.latency_setting,
             "machine": {
                 **describe_machine("cpu"),
                 "hardware": hardware_name(torch.device("cpu")),
@@ -63,7 +66,7 @@ def run_rows(run_dir: Path, name: str) -> list[dict[str, Any]]:
         rows.append({"section": "stage", "stage": stage, **{key: record[key] for key in kept}})
     for record in grid.to_json()["rows"]:
         subnet = record.pop("subnet")
-        kept = ("metrics", "num_rows", "num_layers", "parameters", "flops")
+        kept = ("metrics", "num_rows", "num_layers", "parameters", "flops", *_LATENCIES)
         rows.append(
             {
                 "section": "grid",
