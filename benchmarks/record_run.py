@@ -1,6 +1,6 @@
-"""Turns a finished training run into JSON lines that can be kept: what was asked for, what came out.
+"""Turns a finished training run into JSON lines: what was asked for, and what came out.
 
-    python -m benchmarks.record_run RUN --name sst2-minilm --out benchmarks/results/sst2_minilm.jsonl
+    python -m benchmarks.record_run RUN --name sst2-minilm --out benchmarks/results/sst2.jsonl
 
 One row for the run, one per stage (with what rewiring alone did), one per subnet of the final grid,
 with its latency where `dynabert latency RUN` has measured it.

@@ -397,6 +397,13 @@ def test_latency_refuses_bad_input(
     assert not (finished_run / "latency.json").exists()
 
 
+def test_impossible_configuration_is_one_sentence(tmp_path: Path) -> None:
+    config = {"model_type": "dynabert", "depth_rule": "first"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    message = refused("latency", tmp_path, *QUICK)
+    assert "depth_rule='first', expected one of ['paper', 'reference']" in message
+
+
 def test_pick_measures_once_and_then_uses_the_table(finished_run: Path) -> None:
     command = ("pick", finished_run, "--budget-ms", "1000", *QUICK)
     first = run(*command, "--json", finished_run / "pick.json")

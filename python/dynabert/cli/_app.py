@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import transformers
 import typer
+from huggingface_hub.errors import StrictDataclassError
 from typer.core import TyperGroup
 
 from dynabert.json_file import write_json
@@ -21,8 +22,8 @@ _USER_ERRORS = (
     ImportError,
     NotImplementedError,
     FloatingPointError,
+    StrictDataclassError,
 )
-
 
 _VERBS = ("demo", "train", "evaluate", "latency", "pick", "doctor")
 
@@ -42,7 +43,9 @@ class _Group(TyperGroup):
         except _USER_ERRORS as error:
             if ctx.params.get("traceback") or isinstance(error, BrokenPipeError):
                 raise
-            typer.echo(f"dynabert: error: {error}", err=True)
+            # A checked configuration wraps its sentence in two lines about the validator.
+            told = error.__cause__ if isinstance(error, StrictDataclassError) else error
+            typer.echo(f"dynabert: error: {told or error}", err=True)
             raise typer.Exit(2) from error
 
 
