@@ -1,0 +1,489 @@
+"""A whole training run: the stages teacher, width, width-depth and final, each from the model
+before it.
+
+Stages are data (`default_stages`), the loop over them is one (`run_stages`). A run is resumable by
+stage and by step: a finished stage is marked by its ``stage.json``, written last; an interrupted
+one goes on from its newest whole checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file
+
+from dynabert.configuration_dynabert import DynaBertConfig
+from dynabert.data.collators import DynamicPadCollator, EncodedDataset, encode
+from dynabert.data.examples import TaskData, TaskSpec, holdout_split
+from dynabert.evaluation import GridRow, evaluate_grid
+from dynabert.importance import compute_importance
+from dynabert.json_file import read_json, write_bytes, write_json
+from dynabert.modeling_dynabert import DynaBertModel
+from dynabert.modeling_heads import DynaBertForSequenceClassification
+from dynabert.modeling_pretrained import DynaBertPreTrainedModel
+from dynabert.report import GridReport, build_report, render_grid
+from dynabert.rewiring import rewire
+from dynabert.rewiring_record import FILE_NAME as REWIRING_FILE
+from dynabert.subnet import SubnetConfig, default_depths, default_widths, subnet_grid
+from dynabert.training.arguments import FULL, LABEL_FREE_STAGES, RunArguments, Stage
+from dynabert.training.checkpoint import CheckpointCallback, newest_complete_checkpoint
+from dynabert.training.run_folder import RunFolder, save_model
+from dynabert.training.task_agnostic import FIDELITY, contrastive_loss, embed, evaluate_fidelity
+from dynabert.training.trainer import DynaBertTrainer
+
+_log = logging.getLogger(__name__)
+_SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run has made.
+
+    Attributes:
+        model_dir: The trained model, with configuration, tokeniser and rewiring record.
+        report: Scores and sizes of every trained subnet on the validation data.
+    """
+
+    model_dir: Path
+    report: GridReport
+
+
+def default_stages(
+    run: RunArguments, config: DynaBertConfig, *, is_rewired: bool = False
+) -> list[Stage]:
+    """The stages of a run as data (DynaBERT, algorithm 1).
+
+    ``teacher``: the full network, from labels. ``width``: every width at full depth, from the full
+    network the stage starts from. ``width-depth``: the whole grid, each from the equally wide
+    subnet of full depth. ``final``: the subnets of the stage before it, from labels.
+
+    Args:
+        run: Which stages, grid, epochs and weights.
+        config: Size of the network; every subnet is checked against it.
+        is_rewired: Whether the model the run starts from has been rewired. Where it has not and
+            there is no width stage, narrow subnets have learned nothing yet, so the width-depth
+            stage learns from the full network.
+
+    Raises:
+        ValueError: A subnet is not a whole number of heads or layers, or the grid lacks the full
+            network.
+    """
+    widths = run.widths or default_widths(config.num_attention_heads)
+    depths = run.depths or default_depths(config.num_hidden_layers)
+    grid = tuple(subnet_grid(widths, depths))
+    by_width = tuple(subnet_grid(widths, (1.0,)))
+    for subnet in grid:
+        subnet.resolve(
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            intermediate_size=config.intermediate_size,
+            depth_rule=config.depth_rule,
+        )
+    knows_widths = is_rewired or "width" in run.stages
+    trained = by_width if "width" in run.stages and "width-depth" not in run.stages else grid
+    width_depth_teacher = run.width_depth_teacher if knows_widths else "full"
+    stages = {
+        "teacher": Stage("teacher", (FULL,), num_epochs=run.teacher_epochs),
+        "width": Stage("width", by_width, "full", *run.width_weights, run.width_epochs),
+        "width-depth": Stage(
+            "width-depth",
+            grid,
+            width_depth_teacher,
+            *run.width_depth_weights,
+            run.width_depth_epochs,
+        ),
+        "final": Stage("final", trained, num_epochs=run.final_epochs),
+    }
+    return [
+        replace(
+            stages[name],
+            learning_rate=run.learning_rate,
+            subnet_sampling=run.subnet_sampling,
+            num_sampled=run.num_sampled,
+        )
+        for name in run.stages
+    ]
+
+
+def run_stages(
+    model_path: str | Path,
+    data: TaskData,
+    tokenizer: PreTrainedTokenizerBase,
+    run: RunArguments,
+) -> RunResult:
+    """Train a model through its stages and score every trained subnet; go on where a former call
+    was interrupted.
+
+    Writes ``run.output_dir``; docs/training.md says what it holds. The first stage with several
+    subnets begins by rewiring, unless the model has been rewired before.
+
+    Args:
+        model_path: A BERT, RoBERTa or DynaBERT checkpoint: a folder or a hub id. Without a teacher
+            stage it must have been fine-tuned on this task.
+        data: The task. Without labels (`problem` ``none``) a sentence encoder is trained, on hidden
+            states and pooled output.
+        tokenizer: The model's tokeniser.
+        run: Everything else.
+
+    Returns:
+        Where the model is, and its grid.
+
+    Raises:
+        ValueError: The stages do not fit the task, the model or the folder. Nothing has been
+            written then.
+        FloatingPointError: A loss was not finite; the run can be resumed from the last checkpoint.
+
+    Example:
+        >>> run = RunArguments(Path("run"), stages=("teacher", "width"))  # doctest: +SKIP
+        >>> data = load_task("sst2", data_dir)  # doctest: +SKIP
+        >>> run_stages("bert-base-uncased", data, tokenizer, run).report.mean  # doctest: +SKIP
+        0.913
+    """
+    with _no_foreign_bars():
+        return _Run(str(model_path), data, tokenizer, run).execute()
+
+
+class _Run:
+    """One call of `run_stages`: the data, tokenised once, and the loop over the stages."""
+
+    def __init__(
+        self,
+        model_path: str,
+        data: TaskData,
+        tokenizer: PreTrainedTokenizerBase,
+        run: RunArguments,
+    ) -> None:
+        self._check_stages(data.spec, run)
+        self._model_path = model_path
+        self._data = data
+        self._tokenizer = tokenizer
+        self._run = run
+        self._spec = data.spec
+        self._has_labels = data.spec.problem != "none"
+        self._stages = default_stages(
+            run,
+            DynaBertConfig.from_pretrained(model_path),
+            is_rewired=_is_rewired(model_path),
+        )
+        self._folder = RunFolder(run.output_dir)
+        self._autocast_dtype = torch.bfloat16 if self._uses_bf16 else None
+        self._collator = DynamicPadCollator(tokenizer)
+        train, held_out = data.train, data.validation[: run.importance_rows]
+        if run.importance_source == "holdout":
+            count = min(run.importance_rows, max(1, len(train) // 10))
+            train, held_out = holdout_split(train, count, run.seed)
+        self._importance_rows = self._encode(held_out)
+        self._train_rows = self._encode(train)
+        self._validation_rows = self._encode(data.validation)
+
+    @staticmethod
+    def _check_stages(spec: TaskSpec, run: RunArguments) -> None:
+        needs_labels = [stage for stage in run.stages if stage not in LABEL_FREE_STAGES]
+        if spec.problem == "none" and needs_labels:
+            raise ValueError(
+                f"run_stages: stages={','.join(run.stages)!r} on task {spec.name}, which has no "
+                f"labels, expected only {' or '.join(LABEL_FREE_STAGES)}. Leave out "
+                f"{' and '.join(needs_labels)}."
+            )
+
+    def _encode(self, examples: Sequence[Any]) -> EncodedDataset:
+        return encode(examples, self._tokenizer, self._run.max_length)
+
+    @cached_property
+    def _uses_bf16(self) -> bool:
+        return bf16_pays(self._run.use_cpu) if self._run.bf16 is None else self._run.bf16
+
+    def execute(self) -> RunResult:
+        self._folder.begin(self._run, self._data, self._model_path)
+        source = self._model_path
+        trained = False
+        for stage in self._stages:
+            record = self._folder.finished(stage.name)
+            if record is None:
+                self._train(stage, source)
+                trained = True
+            elif record["starts_from"] != self._name(source):
+                raise ValueError(
+                    f"run_stages: stage {stage.name} in {self._folder.path} started from "
+                    f"{record['starts_from']}, expected {self._name(source)}. Use another folder, "
+                    "or the former stages."
+                )
+            else:
+                _log.info("stage %s is finished", stage.name)
+            source = str(self._folder.stage_dir(stage.name))
+        if not trained and self._folder.grid_json.exists() and self._folder.model_dir.exists():
+            return RunResult(self._folder.model_dir, GridReport.load(self._folder.grid_json))
+        return self._publish(source)
+
+    def _name(self, source: str) -> str:
+        """How records call the model a stage starts from: the stage's name, or the path of the
+        run's model."""
+        return source if source == self._model_path else Path(source).name
+
+    def _train(self, stage: Stage, source: str) -> None:
+        start = perf_counter()
+        args = self._training_arguments(stage)
+        with args.main_process_first(local=False, desc="rewiring"):
+            student_path, rewiring = self._start(stage, source, args.device)
+        set_seed(self._run.seed)
+        student = self._load(student_path, fresh_head=stage.name == "teacher")
+        teacher = self._load(source) if stage.teacher is not None else None
+        trainer = DynaBertTrainer(
+            student,
+            args,
+            stage=stage,
+            problem=self._spec.problem,
+            train_dataset=self._train_rows,
+            data_collator=self._collator,
+            teacher=teacher,
+            evaluator=lambda model: self._evaluate(model, stage.subnets, self._autocast_dtype),
+            pooling=self._run.pooling,
+            group_by_length=self._run.group_by_length,
+            callbacks=[CheckpointCallback(self._run.save_steps)],
+        )
+        checkpoint = newest_complete_checkpoint(self._folder.checkpoint_dir(stage.name))
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if not trainer.is_world_process_zero():
+            return
+        log = trainer.state.log_history
+        self._folder.finish(
+            stage.name,
+            student,
+            self._tokenizer,
+            {
+                "name": stage.name,
+                "starts_from": self._name(source),
+                "teacher": stage.teacher,
+                "subnets": [subnet.to_dict() for subnet in stage.subnets],
+                "rewiring": rewiring,
+                "metrics": _best(log, trainer.state.best_global_step),
+                "steps": trainer.state.global_step,
+                "resumed_from": checkpoint.name if checkpoint else None,
+                "seconds": perf_counter() - start,
+                "log": log,
+            },
+        )
+
+    def _start(
+        self, stage: Stage, source: str, device: torch.device
+    ) -> tuple[str, dict[str, Any] | None]:
+        """The model a stage starts from, and what rewiring it did to the probed subnets."""
+        if len(stage.subnets) == 1 or _is_rewired(source):
+            return source, None
+        folder = self._folder.start_dir(stage.name)
+        record = folder / "probe.json"
+        if not record.exists():
+            _log.info("rewiring %s by importance", self._name(source))
+            model = self._load(source)
+            _move(model, device)
+            probed = self._probe_subnets()
+            scores = {"before": self._probe(model, probed)}
+            importance = compute_importance(
+                model,
+                self._importance_batches(),
+                loss=None if self._has_labels else contrastive_loss(pooling=self._run.pooling),
+                rule=self._run.importance_rule,
+                progress=self._run.progress,
+            )
+            rewire(
+                model,
+                importance,
+                {
+                    "data": self._data.source,
+                    "fingerprint": self._data.fingerprint,
+                    "rows": self._run.importance_source,
+                    "seed": self._run.seed,
+                    "batch_size": self._run.batch_size,
+                },
+            )
+            scores["after"] = self._probe(model, probed)
+            save_model(folder, model)
+            write_json(record, {"schema": _SCHEMA, **scores})
+        document = read_json(record, schema=_SCHEMA)
+        return str(folder), {name: document[name] for name in ("before", "after")}
+
+    def _probe_subnets(self) -> tuple[SubnetConfig, ...]:
+        if self._run.probe_subnets is not None:
+            return self._run.probe_subnets
+        subnets = {subnet for stage in self._stages for subnet in stage.subnets}
+        return (min((s for s in subnets if s.depth_mult == 1), key=lambda s: s.width_mult),)
+
+    def _probe(self, model: nn.Module, subnets: Sequence[SubnetConfig]) -> dict[str, Any]:
+        if not subnets:
+            return {}
+        return {row.subnet.name: dict(row.metrics) for row in self._evaluate(model, subnets)}
+
+    def _importance_batches(self) -> DataLoader[Any]:
+        rows = self._importance_rows
+        batch_size = min(self._run.batch_size, len(rows))
+        return DataLoader(
+            rows,
+            batch_size=batch_size,
+            shuffle=True,
+            generator=torch.Generator().manual_seed(self._run.seed),
+            collate_fn=self._collator,
+            drop_last=not self._has_labels,  # one sentence alone has nothing to be told from
+        )
+
+    def _evaluate(
+        self,
+        model: nn.Module,
+        subnets: Sequence[SubnetConfig],
+        autocast_dtype: torch.dtype | None = None,
+    ) -> list[GridRow]:
+        options: dict[str, Any] = {
+            "batch_size": self._run.eval_batch_size,
+            "autocast_dtype": autocast_dtype,
+            "progress": self._run.progress,
+        }
+        if self._has_labels:
+            return evaluate_grid(
+                model, self._validation_rows, self._collator, self._spec, subnets, **options
+            )
+        return evaluate_fidelity(
+            model,
+            self._target,
+            self._validation_rows,
+            self._collator,
+            subnets,
+            pooling=self._run.pooling,
+            **options,
+        )
+
+    @cached_property
+    def _target(self) -> Tensor:
+        """What a run without labels aims at: the validation rows as the model it starts from embeds
+        them."""
+        (target,) = embed(
+            self._load(self._model_path),
+            self._validation_rows,
+            self._collator,
+            [FULL],
+            pooling=self._run.pooling,
+            batch_size=self._run.eval_batch_size,
+            progress=self._run.progress,
+        )
+        return target
+
+    def _load(self, path: str, *, fresh_head: bool = False) -> DynaBertPreTrainedModel:
+        if not self._has_labels:
+            # The pooler would get no gradient, and is not what a sentence is embedded with.
+            return DynaBertModel.from_pretrained(path, add_pooling_layer=False, dtype=torch.float32)
+        labels = dict(enumerate(self._spec.label_names))
+        names = {"id2label": labels, "label2id": {v: k for k, v in labels.items()}}
+        is_regression = self._spec.problem == "regression"
+        loaded: Any = DynaBertForSequenceClassification.from_pretrained(
+            path,
+            problem_type="regression" if is_regression else "single_label_classification",
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=fresh_head,
+            **({"num_labels": 1} if is_regression else names),
+        )
+        model, info = loaded
+        if info["missing_keys"] and not fresh_head:
+            raise ValueError(
+                f"run_stages: model={path!r} has no {', '.join(sorted(info['missing_keys']))}, "
+                f"expected a model fine-tuned on {self._spec.name}. Begin with the teacher stage."
+            )
+        assert isinstance(model, DynaBertPreTrainedModel)
+        return model
+
+    def _training_arguments(self, stage: Stage) -> TrainingArguments:
+        run = self._run
+        return TrainingArguments(
+            output_dir=str(self._folder.checkpoint_dir(stage.name)),
+            num_train_epochs=stage.num_epochs,
+            learning_rate=stage.learning_rate,
+            lr_scheduler_type="linear",
+            warmup_steps=run.warmup_ratio,  # below 1 it is a share of the steps
+            weight_decay=run.weight_decay,
+            max_grad_norm=run.max_grad_norm,
+            optim="adamw_torch_fused",
+            per_device_train_batch_size=run.batch_size,
+            gradient_accumulation_steps=run.gradient_accumulation_steps,
+            bf16=self._uses_bf16,
+            # Without a GPU, TrainingArguments takes bf16 only when told so.
+            use_cpu=run.use_cpu or not torch.cuda.is_available(),
+            seed=run.seed,
+            eval_strategy="epoch",
+            save_strategy="epoch",
+            save_total_limit=2,
+            load_best_model_at_end=True,
+            metric_for_best_model="eval_grid_mean",
+            greater_is_better=True,
+            logging_steps=run.logging_steps,
+            # Reads the loss of every step back from the device; the trainer has its own check.
+            logging_nan_inf_filter=False,
+            dataloader_num_workers=run.num_workers,
+            disable_tqdm=not run.progress,
+            report_to="none",
+        )
+
+    def _publish(self, source: str) -> RunResult:
+        """Save the last stage's model as the run's result, and its grid."""
+        args = self._training_arguments(self._stages[-1])
+        spec = self._spec
+        if not self._has_labels:
+            spec = replace(spec, metrics=(FIDELITY,), primary_metric=FIDELITY)
+        with args.main_process_first(local=False, desc="grid"):
+            if args.process_index == 0:
+                model = self._load(source)
+                save_model(self._folder.model_dir, model, self._tokenizer)
+                _move(model, args.device)
+                rows = self._evaluate(model, self._stages[-1].subnets)
+                report = build_report(model, rows, spec)
+                write_bytes(self._folder.grid_markdown, render_grid(report).encode())
+                report.save(self._folder.grid_json)
+        return RunResult(self._folder.model_dir, GridReport.load(self._folder.grid_json))
+
+
+def _move(model: nn.Module, device: torch.device) -> None:
+    model.to(device)
+
+
+@contextmanager
+def _no_foreign_bars() -> Iterator[None]:
+    """Without the bars transformers draws whenever it loads or saves weights, between those of the
+    stages."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def bf16_pays(use_cpu: bool = False) -> bool:
+    """Whether the device training would run on multiplies bfloat16 in hardware."""
+    if torch.cuda.is_available() and not use_cpu:
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+
+
+def _is_rewired(model_path: str) -> bool:
+    """Whether a checkpoint, a folder or a hub id, comes with a rewiring record."""
+    record = cached_file(model_path, REWIRING_FILE, _raise_exceptions_for_missing_entries=False)
+    return record is not None
+
+
+def _best(log: list[dict[str, Any]], step: int | None) -> dict[str, float]:
+    """The scores of the evaluation at `step`, without their prefix."""
+    for entry in reversed(log):
+        if "eval_grid_mean" in entry and (step is None or entry["step"] == step):
+            return {k.removeprefix("eval_"): v for k, v in entry.items() if k.startswith("eval_")}
+    return {}

@@ -1,0 +1,398 @@
+"""One stage of training: `DynaBertTrainer`, a `transformers.Trainer` whose step trains several
+subnets.
+
+Stands above the losses and the plan of subnets, below `stages`, which strings stages together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from dynabert.data.examples import Problem
+from dynabert.evaluation import EncodedRows, GridRow, grid_mean
+from dynabert.modeling_pretrained import DynaBertPreTrainedModel
+from dynabert.subnet import SubnetConfig
+from dynabert.training.arguments import Pooling, Stage
+from dynabert.training.losses import embedding_loss, hidden_state_loss, logit_loss
+from dynabert.training.progress import StageProgress
+from dynabert.training.row_order import RowOrder
+from dynabert.training.subnet_plan import PlannedSubnet, SubnetPlan
+from dynabert.training.task_agnostic import pool
+
+Inputs = dict[str, Any]
+Evaluator = Callable[[nn.Module], Sequence[GridRow]]
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What a batch weighs among all batches (and processes) of an optimiser step; 1 if it is
+    alone."""
+
+    sequences: Tensor | float = 1.0
+    tokens: Tensor | float = 1.0
+    labels: Tensor | float = 1.0
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """One batch on the device, with what every subnet needs of it."""
+
+    inputs: Inputs
+    unlabelled: Inputs
+    num_tokens: Tensor
+    share: _Share
+
+
+class DynaBertTrainer(Trainer):
+    """Trains the subnets of one `Stage` together: one optimiser step for the sum of their losses.
+
+    In a step the subnets run from small to large, each with its own backward pass, the full network
+    last; under DistributedDataParallel only that last pass exchanges gradients, which is exact and
+    needs no ``find_unused_parameters``. A teacher runs once for all subnets that learn from the
+    same part of it.
+
+    Gradient accumulation, and DistributedDataParallel with ``average_tokens_across_devices``, give
+    the step of one large batch: every batch is weighed by its share of the sequences, and in hidden
+    states of the real tokens.
+
+    The log has the mean loss of every subnet as ``loss_<subnet>`` (of this process) beside their
+    sum, ``loss``. A loss that is not finite stops training before the optimiser step. `evaluate`
+    reports ``eval_grid_mean`` and ``eval_<subnet>_<metric>``.
+
+    Args:
+        model: The student; rewired, if subnets are to be trained.
+        args: As for any Trainer, but `group_by_length` takes the place of the fields of that kind.
+        stage: Subnets, teacher and weights of the losses.
+        problem: ``classification``, ``regression``, or ``none`` to learn hidden states and pooled
+            output.
+        train_dataset: Tokenised rows.
+        data_collator: Makes a batch of rows.
+        teacher: Model to learn from, needed if the stage has one; frozen and put in eval mode.
+        evaluator: Scores the model on the stage's subnets; needed by `evaluate`.
+        pooling: How `problem` ``none`` pools hidden states.
+        group_by_length: Put rows of like length into a batch.
+        callbacks: Further callbacks.
+
+    Raises:
+        ValueError: Stage and teacher do not fit each other, a subnet does not fit the network, or
+            there are several GPUs in one process.
+
+    Example:
+        >>> widths = tuple(subnet_grid(depths=(1.0,)))  # doctest: +SKIP
+        >>> stage = Stage("width", widths, "full", 1.0, 0.1)  # doctest: +SKIP
+        >>> trainer = DynaBertTrainer(
+        ...     student, args, stage=stage, problem="classification", train_dataset=rows,
+        ...     data_collator=collator, teacher=teacher,
+        ... )  # doctest: +SKIP
+        >>> trainer.train()  # doctest: +SKIP
+    """
+
+    # The loss comes out of `training_step` as its part of the whole optimiser step.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: DynaBertPreTrainedModel,
+        args: TrainingArguments,
+        *,
+        stage: Stage,
+        problem: Problem,
+        train_dataset: EncodedRows,
+        data_collator: Callable[[list[Any]], dict[str, Any]],
+        teacher: DynaBertPreTrainedModel | None = None,
+        evaluator: Evaluator | None = None,
+        pooling: Pooling = "mean",
+        group_by_length: bool = True,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        if (teacher is None) != (stage.teacher is None):
+            raise ValueError(
+                f"DynaBertTrainer: teacher={type(teacher).__name__} with "
+                f"stage.teacher={stage.teacher!r}, expected both or neither. Pass the model the "
+                "stage learns from."
+            )
+        if stage.teacher is None and problem == "none":
+            raise ValueError(
+                "DynaBertTrainer: problem='none' with stage.teacher=None, expected a teacher. "
+                "There is nothing else to learn from without labels."
+            )
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"DynaBertTrainer: {args.n_gpu} GPUs in one process, expected one in each. "
+                "Start with torchrun, or set CUDA_VISIBLE_DEVICES."
+            )
+        self._plan = SubnetPlan(stage, model.subnet_shape, args.seed)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            # The evaluator holds its own rows; the Trainer only asks whether there are any.
+            eval_dataset=train_dataset if evaluator is not None else None,
+            callbacks=callbacks,
+        )
+        # Keeps the Trainer from counting labels for a normalisation that is done here.
+        self.model_accepts_loss_kwargs = False
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        if not args.disable_tqdm:
+            self.add_callback(StageProgress(stage.name))
+        self._stage = stage
+        self._problem = problem
+        self._pooling = pooling
+        self._group_by_length = group_by_length
+        self._evaluator = evaluator
+        self._rows = train_dataset
+        self._teacher = cast("nn.Module | None", teacher)
+        if self._teacher is not None:
+            self._teacher.to(args.device).eval().requires_grad_(False)
+        num_subnets = len(stage.subnets)
+        self._step_losses = torch.zeros(num_subnets, device=args.device)
+        self._logged_losses = torch.zeros(num_subnets, device=args.device)
+        self._logged_steps = [0] * num_subnets
+        self._step_totals: Tensor | None = None
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Batches in the order of `RowOrder`, the same whether training was interrupted or not."""
+        args = self.args
+        rows = self._rows
+        lengths = getattr(rows, "lengths", None)
+        if lengths is None:
+            lengths = [len(rows[index]["input_ids"]) for index in range(len(rows))]
+        batch_size = self._train_batch_size
+        order = RowOrder(
+            lengths,
+            batch_size,
+            args.data_seed if args.data_seed is not None else args.seed,
+            lambda: int(self.state.epoch or 0),
+            group_by_length=self._group_by_length,
+        )
+        loader: DataLoader[Any] = DataLoader(
+            cast("Dataset[Any]", rows),
+            batch_size=batch_size,
+            sampler=order,
+            collate_fn=self.data_collator,
+            drop_last=args.dataloader_drop_last,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+        )
+        prepared: DataLoader[Any] = self.accelerator.prepare(loader)
+        return prepared
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Inputs], None]:
+        """The batches of one optimiser step; what each weighs is noted for `training_step`."""
+        batches, _ = super().get_batch_samples(*args, **kwargs)
+        spread = self.args.world_size > 1 and self.args.average_tokens_across_devices
+        self._step_totals = None
+        if spread or len(batches) > 1:
+            totals = torch.stack([_counts(batch) for batch in batches]).sum(dim=0)
+            if spread:
+                # DistributedDataParallel divides the sum of gradients by the number of processes.
+                gathered = self.accelerator.gather(totals.to(self.args.device)[None])
+                totals = gathered.sum(dim=0) / self.args.world_size
+            self._step_totals = totals
+        return batches, None
+
+    def training_step(
+        self, model: nn.Module, inputs: Inputs, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Forward and backward of every subnet of this step on one batch.
+
+        Args:
+            model: The student as the Trainer has wrapped it.
+            inputs: One batch.
+            num_items_in_batch: Not used.
+
+        Returns:
+            Sum of the losses of all subnets, scalar, detached.
+
+        Raises:
+            FloatingPointError: The loss of a subnet is not finite.
+        """
+        model.train()
+        batch = self._batch(inputs)
+        planned = self._plan.at(self.state.global_step)
+        total = torch.zeros((), device=self.args.device)
+        lesson = None
+        for position, item in enumerate(planned):
+            if item.teacher is not None and (
+                position == 0 or item.teacher != planned[position - 1].teacher
+            ):
+                lesson = self._teach(batch, item.teacher)
+            is_last = position == len(planned) - 1
+            with nullcontext() if is_last else self.accelerator.no_sync(model):
+                loss = self._subnet_loss(model, batch, item, lesson)
+                self.accelerator.backward(loss)
+            loss = loss.detach()
+            self._step_losses[item.index] += loss
+            total += loss
+        if self.accelerator.sync_gradients:
+            self._end_step(planned)
+        return total
+
+    def _batch(self, inputs: Inputs) -> _Batch:
+        inputs = self._prepare_inputs(inputs)
+        share = _Share()
+        if self._step_totals is not None:
+            share = _Share(*(_counts(inputs) / self._step_totals.to(self.args.device)))
+        return _Batch(
+            inputs=inputs,
+            unlabelled={name: value for name, value in inputs.items() if name != "labels"},
+            num_tokens=inputs["attention_mask"].sum(),
+            share=share,
+        )
+
+    @torch.no_grad()
+    def _teach(self, batch: _Batch, subnet: SubnetConfig) -> Any:
+        assert self._teacher is not None
+        with self.accelerator.autocast():
+            return self._teacher(
+                **batch.unlabelled,
+                subnet=subnet,
+                output_hidden_states=self._stage.hidden_weight > 0,
+            )
+
+    def _subnet_loss(
+        self, model: nn.Module, batch: _Batch, item: PlannedSubnet, lesson: Any
+    ) -> Tensor:
+        stage, share = self._stage, batch.share
+        if lesson is None:
+            loss: Tensor = model(**batch.inputs, subnet=item.subnet).loss
+            return loss * share.labels
+        needs_hidden = stage.hidden_weight > 0
+        output = model(**batch.unlabelled, subnet=item.subnet, output_hidden_states=needs_hidden)
+        loss = torch.zeros((), device=self.args.device)
+        if stage.logit_weight > 0:
+            logits = self._logit_loss(output, lesson, batch)
+            loss = loss + stage.logit_weight * logits
+        if needs_hidden:
+            hidden = hidden_state_loss(
+                output.hidden_states,
+                lesson.hidden_states,
+                item.shape.hidden_targets,
+                batch.num_tokens,
+            )
+            loss = loss + stage.hidden_weight * share.tokens * hidden
+        return loss
+
+    def _logit_loss(self, output: Any, lesson: Any, batch: _Batch) -> Tensor:
+        """The loss of logits or of pooled output, weighed by the batch's share."""
+        share, mask = batch.share, batch.inputs["attention_mask"]
+        if self._problem == "none":
+            student, teacher = (
+                pool(out.last_hidden_state, mask, self._pooling) for out in (output, lesson)
+            )
+            return embedding_loss(student, teacher) * share.sequences
+        if output.logits.dim() == 3:
+            return logit_loss(output.logits, lesson.logits, self._problem, mask) * share.tokens
+        return logit_loss(output.logits, lesson.logits, self._problem) * share.sequences
+
+    def _end_step(self, planned: list[PlannedSubnet]) -> None:
+        # The one point where a step waits for the device: an optimiser step with a bad gradient
+        # cannot be undone.
+        if not bool(self._step_losses.isfinite().all()):
+            losses = self._step_losses.tolist()
+            bad = [
+                f"{item.subnet.name} is {losses[item.index]}"
+                for item in planned
+                if not torch.isfinite(self._step_losses[item.index])
+            ]
+            raise FloatingPointError(
+                f"DynaBertTrainer: stage {self._stage.name}, step {self.state.global_step + 1}: "
+                f"the loss of subnet {', '.join(bad)}, expected finite numbers. The optimiser step "
+                "was not taken; lower learning_rate, or check the data and the weights the stage "
+                "started from."
+            )
+        self._logged_losses += self._step_losses
+        self._step_losses.zero_()
+        for item in planned:
+            self._logged_steps[item.index] += 1
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as the Trainer does, with the mean loss of each subnet since the last time."""
+        if "loss" in logs:
+            sums = self._logged_losses.tolist()
+            for subnet, value, count in zip(
+                self._stage.subnets, sums, self._logged_steps, strict=True
+            ):
+                if count:
+                    logs[f"loss_{subnet.name}"] = value / count
+            self._logged_losses.zero_()
+            self._logged_steps = [0] * len(self._logged_steps)
+        super().log(logs, start_time)
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Score the stage's subnets with the evaluator given on construction; the arguments but the
+        last are not used.
+
+        Returns:
+            ``<prefix>_grid_mean``, ``<prefix>_<subnet>_<metric>`` and ``<prefix>_seconds``.
+
+        Raises:
+            ValueError: There is no evaluator.
+        """
+        if self._evaluator is None:
+            raise ValueError(
+                "DynaBertTrainer: evaluator=None, expected one. Pass evaluator= on construction."
+            )
+        start = perf_counter()
+        assert isinstance(self.model, nn.Module)
+        rows = self._evaluator(self.model)
+        metrics = {
+            f"{metric_key_prefix}_{row.subnet.name}_{name}": value
+            for row in rows
+            for name, value in row.metrics.items()
+        }
+        metrics[f"{metric_key_prefix}_grid_mean"] = grid_mean(rows)
+        metrics[f"{metric_key_prefix}_seconds"] = perf_counter() - start
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Weights of two or more dimensions that are no bias: LayerNorm and biases never decay,
+        whatever their names."""
+        return [
+            name
+            for name, parameter in model.named_parameters()
+            if parameter.dim() > 1 and "bias" not in name.rpartition(".")[2]
+        ]
+
+    def floating_point_ops(self, inputs: Inputs) -> int:
+        """0: the Trainer's estimate counts the whole network once, whatever runs; see
+        `dynabert.flops`."""
+        return 0
+
+
+def _counts(batch: Mapping[str, Tensor]) -> Tensor:
+    """Sequences, real tokens and labels of a batch, ``[3]`` float32, on the batch's device."""
+    mask = batch["attention_mask"]
+    num_sequences = torch.tensor(float(len(mask)), device=mask.device)
+    labels = batch.get("labels")
+    if labels is None or labels.is_floating_point():
+        num_labels = num_sequences
+    else:
+        num_labels = (labels != -100).sum().float()
+    return torch.stack([num_sequences, mask.sum().float(), num_labels])
