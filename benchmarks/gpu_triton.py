@@ -1,466 +1,286 @@
-"""Triton kernels on a GPU: check them, sweep their configurations, time them against PyTorch.
+"""Triton kernels on a GPU: configurations swept and timed beside PyTorch, and a whole encoder.
 
-    python -m benchmarks.gpu_triton --out DIR [--budget-s 240] [--sections check,gemm,norm,...]
+    python -m benchmarks.gpu_triton --out DIR [--budget-s 240]
 
-Rows go to DIR/gpu_triton.jsonl as they are taken, the best configuration of each problem to
-DIR/triton_best.json, and a short table to stdout at the end. Nothing is timed whose output does
-not match the reference. Letters: see `benchmarks.geometry`.
+Rows go to DIR/gpu_triton.jsonl as they are taken. Nothing is timed that fails the tests' tolerance
+against float64; such a case is a row with its error. `pytest tests/kernels -k triton` on the card
+comes first: it holds the correctness, of which this is only the gate. No run is recorded yet.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import traceback
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import astuple
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from benchmarks import gpu_triton_checks
 from benchmarks.geometry import BASE, SUBNETS, Geometry, Subnet, short_text_lengths
-from benchmarks.gpu_attention import attend
-from benchmarks.gpu_timing import Variant, graphed, heat_up, measure, relative_error
-from benchmarks.gpu_triton_encoder import run_encoder
-from benchmarks.records import Deadline, Recorder, describe_machine
-from dynabert_kernels.triton import configs, launch
-from dynabert_kernels.triton.configs import AttentionConfig, LinearConfig, NormConfig
+from benchmarks.gpu_timing import Variant, graphed, heat_up, measure
+from benchmarks.records import Deadline, Recorder, describe_machine, format_table
+from dynabert_kernels import PackedAttention, PackedFFN, attention, ffn, use_backend
+from dynabert_kernels.testing import (
+    assert_as_accurate,
+    converted,
+    random_attention,
+    random_ffn,
+    random_hidden,
+)
+from dynabert_kernels.triton import launch
+from dynabert_kernels.triton.configs import SMALL_BATCH, AttentionConfig, Form, LinearConfig
+from dynabert_kernels.varlen import offsets_of
 
-DEVICE = "cuda"
-L = LinearConfig
-MINI = Geometry("minilm", 384, 12, 32, 1536, 6)
-
-LARGE_CONFIGS = [
-    L(128, 128, 64, 4, 3, descriptors=True),
-    L(128, 128, 64, 4, 3, descriptors=True, group_m=16),
-    L(128, 128, 64, 8, 3, descriptors=True),
-    L(128, 128, 64, 8, 4, descriptors=True),
-    L(128, 128, 128, 8, 2, descriptors=True),
-    L(128, 256, 64, 8, 3, descriptors=True),
-    L(128, 256, 64, 8, 4, descriptors=True),
-    L(256, 128, 64, 8, 3, descriptors=True),
-    L(256, 128, 64, 8, 4, descriptors=True),
-    L(128, 256, 64, 8, 3, descriptors=True, programs_per_sm=1),
-    L(128, 256, 64, 8, 3, descriptors=True, programs_per_sm=1, subtiles=2),
-    L(128, 256, 64, 8, 3, descriptors=True, programs_per_sm=1, subtiles=2, flatten=True),
-    L(128, 128, 64, 4, 3, descriptors=True, programs_per_sm=2, subtiles=2),
-    L(128, 128, 64, 8, 3, descriptors=True, programs_per_sm=2, subtiles=2, flatten=True),
-    L(64, 256, 64, 4, 3, descriptors=True),
-    L(64, 128, 64, 4, 4, descriptors=True),
-    L(128, 64, 64, 4, 4, descriptors=True),
-    L(64, 64, 64, 4, 4, descriptors=True),
-    L(128, 128, 64, 4, 3),
-    L(128, 256, 64, 8, 3),
-    L(128, 128, 32, 4, 4),
-    L(64, 128, 64, 4, 4),
-]
-SMALL_CONFIGS = [
-    L(64, 32, 128, 4, 4),
-    L(64, 32, 128, 4, 4, descriptors=True),
-    L(64, 32, 64, 4, 6),
-    L(64, 32, 256, 4, 3),
-    L(64, 64, 64, 4, 5),
-    L(64, 64, 128, 4, 4),
-    L(64, 64, 128, 4, 4, descriptors=True),
-    L(64, 16, 128, 4, 5),
-    L(128, 16, 128, 4, 4),
-    L(128, 32, 128, 4, 4),
-    L(128, 32, 128, 4, 4, descriptors=True),
-    L(32, 32, 128, 4, 4),
-    L(16, 64, 128, 4, 4),
-]
-SPLITS = [
-    L(64, 32, 128, 4, 4, split_k=2),
-    L(64, 32, 128, 4, 4, split_k=4),
-    L(64, 64, 128, 4, 4, split_k=2),
-    L(64, 64, 128, 4, 4, split_k=4),
-    L(64, 64, 128, 4, 4, split_k=8),
-    L(128, 64, 128, 4, 3, split_k=4),
-    L(128, 64, 128, 4, 3, split_k=8),
-    L(128, 32, 128, 4, 4, split_k=4),
-]
-NORM_CONFIGS = [
-    NormConfig(r, w) for r, w in ((1, 1), (1, 2), (1, 4), (2, 4), (4, 4), (4, 8), (8, 8))
-]
-ATTENTION_SINGLE = [
-    AttentionConfig(q, 128, w, 1) for q, w in ((128, 4), (128, 8), (64, 4), (32, 4), (32, 2))
-]
-ATTENTION_STREAM = [
-    AttentionConfig(q, k, w, s)
-    for q, k, w, s in (
-        (64, 64, 4, 2),
-        (64, 64, 4, 3),
-        (64, 128, 4, 2),
-        (128, 64, 4, 3),
-        (128, 64, 8, 3),
-        (128, 128, 8, 2),
-        (128, 128, 4, 2),
-        (128, 128, 8, 3),
-    )
-]
-HOST = launch.Width(0, 0)
-Best = dict[str, Any]
+# Beside the table's own choice, which is None. None of these spills registers or exceeds shared
+# memory at BERT-base's sizes; 128 x 256 tiles do, with the erf-GELU epilogue.
+LARGE: tuple[LinearConfig | None, ...] = (
+    None,
+    LinearConfig(64, 128, 64, 4, 4, descriptors=True),
+    LinearConfig(128, 64, 64, 4, 4, descriptors=True),
+    LinearConfig(128, 128, 64, 8, 3),
+    LinearConfig(64, 128, 64, 4, 4),
+)
+SMALL: tuple[LinearConfig | None, ...] = (
+    None,
+    LinearConfig(64, 32, 128, 4, 4),
+    LinearConfig(64, 64, 128, 4, 4),
+    LinearConfig(64, 32, 128, 4, 4, descriptors=True),
+)
+CORES: tuple[AttentionConfig | None, ...] = (
+    None,
+    AttentionConfig(64, 64, 4, 2),
+    AttentionConfig(64, 128, 4, 2),
+    AttentionConfig(128, 64, 8, 3),
+)
+Layer = tuple[PackedAttention, PackedFFN]
 
 
-def precompile(calls: list[Callable[[], Any]]) -> None:
-    """Compile in parallel; failures come up again where the configuration is timed."""
-
-    def attempt(call: Callable[[], Any]) -> None:
-        try:
-            call()
-        except Exception as error:
-            del error  # timed later, where it becomes a row
-
-    with ThreadPoolExecutor(12) as pool:
-        list(pool.map(attempt, calls))
-    torch.cuda.synchronize()
+def _name(config: Any) -> str:
+    return "table" if config is None else "-".join(map(str, astuple(config)))
 
 
-def linear_cases(geometry: Geometry, width: float) -> dict[str, tuple[str, int, int, str]]:
-    """Form, outputs, inputs and activation of the four products of a layer."""
-    inner = geometry.heads(width) * geometry.head_dim
-    neurons = geometry.neurons(width)
-    hidden = geometry.hidden_size
-    return {
-        "qkv": ("rows", 3 * inner, hidden, "none"),
-        "up": ("rows", neurons, hidden, "gelu"),
-        "out": ("columns", hidden, inner, "none"),
-        "down": ("columns", hidden, neurons, "none"),
-    }
-
-
-def candidates(tokens: int, form: str) -> list[LinearConfig]:
-    """Configurations worth timing for this many tokens."""
-    if tokens <= 256:
-        return SMALL_CONFIGS + (SPLITS if form == "columns" else [])
-    if tokens <= 2048:
-        return LARGE_CONFIGS + SMALL_CONFIGS[4:7] + (SPLITS[2:4] if form == "columns" else [])
-    return LARGE_CONFIGS
-
-
-def sweep_linear(
-    recorder: Recorder, geometry: Geometry, tokens: int, width: float, kind: str, best: Best
+def _time(
+    recorder: Recorder,
+    device: str,
+    section: str,
+    case: str,
+    calls: dict[str, Callable[[], Tensor]],
+    plain: Tensor,
+    truth: Tensor,
+    flops: float,
 ) -> None:
-    """Time every candidate for one product, beside cuBLAS with and without its epilogue."""
-    form, outputs, inputs, activation = linear_cases(geometry, width)[kind]
-    columns = form == "columns"
-    bf16 = dict(device=DEVICE, dtype=torch.bfloat16)
-    rotations = 3 if tokens > 2048 else 8
-    shape = (inputs, outputs) if columns else (outputs, inputs)
-    xs = [torch.randn(tokens, inputs, **bf16) for _ in range(rotations)]
-    ws = [torch.randn(*shape, **bf16) * inputs**-0.5 for _ in range(rotations)]
-    residuals = [
-        torch.randn(tokens, outputs, **bf16) if columns else None for _ in range(rotations)
-    ]
-    bias = torch.randn(outputs, **bf16)
-    product = xs[-1].float() @ (ws[-1].float() if columns else ws[-1].float().T)
-    expected = product + bias.float()
-    if activation == "gelu":
-        expected = F.gelu(expected)
-    if columns:
-        expected = expected + residuals[-1].float()
-
-    def cublas(i: int) -> torch.Tensor:
-        if columns:
-            return torch.addmm(bias, xs[i], ws[i])
-        return F.linear(xs[i], ws[i], bias)
-
-    def cublas_epilogue(i: int) -> torch.Tensor:
-        y = cublas(i)
-        return y + residuals[i] if columns else F.gelu(y)
-
+    """Check every variant, then time those that pass against each other."""
     variants: dict[str, Variant] = {}
-    graph = partial(graphed, device=DEVICE, fall_back=False)
-    variants["cublas"] = graph([partial(cublas, i) for i in range(rotations)])
-    if columns or activation == "gelu":
-        variants["cublas+epilogue"] = graph([partial(cublas_epilogue, i) for i in range(rotations)])
-    case = f"{kind} {geometry.name} T{tokens} w{width:g}"
-    configs_by_name = {}
-    for config in candidates(tokens, form):
-
-        def ours(i: int, config: LinearConfig = config) -> torch.Tensor:
-            return launch.linear(
-                form,
-                xs[i],
-                ws[i],
-                bias,
-                HOST,
-                activation=activation,
-                residual=residuals[i],
-                config=config,
-            )
-
-        try:
-            variant = graph([partial(ours, i) for i in range(rotations)])
+    for name, call in calls.items():
+        with recorder.guarded(section, case, peer=name):
+            variant = graphed([call], device, fall_back=False)
             variant.run()
-            torch.cuda.synchronize()
-            wanted, got = expected, variant.output
-            if config.split_k > 1:
-                wanted, got = product, got.sum(0)
-            error = relative_error(got, wanted)
-            if not error < 4e-3:
-                raise ValueError(f"relative error {error:.2e}")
-        except Exception as error:
-            recorder.add("gemm", case, error=f"{type(error).__name__}: {error}", peer=config.name)
-            continue
-        variants[config.name] = variant
-        configs_by_name[config.name] = config
-    timings = measure(variants, DEVICE, samples=9, max_s=1.5)
-    flops = 2.0 * tokens * outputs * inputs
-    for name, timing in timings.items():
-        recorder.add("gemm", case, timing=timing, flops=flops, peer=name, kind=kind, tokens=tokens)
-    ours_only = {name: timings[name].median_ms for name in configs_by_name}
-    winner = min(ours_only, key=lambda name: ours_only[name])
-    unsplit = min(
-        (n for n in ours_only if configs_by_name[n].split_k == 1), key=lambda n: ours_only[n]
-    )
-    best["linear"].append(
-        {
-            "case": case,
-            "form": form,
-            "tokens": tokens,
-            "outputs": outputs,
-            "inputs": inputs,
-            "config": asdict(configs_by_name[winner]),
-            "unsplit": asdict(configs_by_name[unsplit]),
-            "ms": ours_only[winner],
-            "unsplit_ms": ours_only[unsplit],
-            "cublas_ms": timings["cublas"].median_ms,
-            "cublas_epilogue_ms": timings.get("cublas+epilogue", timings["cublas"]).median_ms,
-            "tflops": flops / ours_only[winner] / 1e9,
-            "top": sorted((round(ms * 1e3, 2), name) for name, ms in ours_only.items())[:4],
-        }
-    )
+            assert_as_accurate(name, variant.output, plain, truth)
+            variants[name] = variant
+    for name, timing in measure(variants, device, samples=9, max_s=1.5).items():
+        recorder.add(section, case, timing=timing, flops=flops, ceiling_of="bf16", peer=name)
 
 
-def section_gemm(recorder: Recorder, deadline: Deadline, best: Best) -> None:
-    """Sweep every product of a layer: tokens, hidden sizes and widths."""
-    calls: list[Callable[[], Any]] = []
-    for form, activation in (("rows", "none"), ("rows", "gelu"), ("columns", "none")):
-        seen = {
-            config.name + str(config.group_m): config
-            for config in LARGE_CONFIGS + SMALL_CONFIGS + (SPLITS if form == "columns" else [])
-        }
-        for config in seen.values():
-            x = torch.randn(256, 512, device=DEVICE, dtype=torch.bfloat16)
-            w = torch.randn(512, 512, device=DEVICE, dtype=torch.bfloat16)
-            residual = x if form == "columns" else None
-            calls.append(
-                partial(
-                    launch.linear,
-                    form,
-                    x,
-                    w,
-                    w[0],
-                    HOST,
-                    activation=activation,
-                    residual=residual,
-                    config=config,
-                )
-            )
-    precompile(calls)
-    print(f"compiled {len(calls)} kernels by {deadline.spent_s():.0f} s", flush=True)
-    heat_up(DEVICE)
-    order = itertools.chain(
-        itertools.product((BASE,), (16384, 128), (1.0, 0.25, 0.5)),
-        itertools.product((BASE,), (1024,), (1.0, 0.25)),
-        itertools.product((MINI,), (16384, 128), (1.0, 0.5)),
-    )
-    for geometry, tokens, width in order:
-        for kind in ("qkv", "up", "out", "down"):
-            if deadline.left_s() < 75:
-                print("gemm sweep cut short", flush=True)
-                return
-            case = f"{kind} {geometry.name} T{tokens} w{width:g}"
-            with recorder.guarded("gemm", case):
-                sweep_linear(recorder, geometry, tokens, width, kind, best)
+def _plain_product(
+    form: Form, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, activation: str
+) -> Tensor:
+    if form == "columns":
+        assert residual is not None
+        return torch.addmm(bias, x, weight) + residual
+    product = F.linear(x, weight, bias)
+    return F.gelu(product) if activation == "gelu" else product
 
 
-def sweep_norm(recorder: Recorder, tokens: int, parts: int, best: Best) -> None:
-    """Time the row kernel's configurations, beside PyTorch's add and layer_norm."""
-    hidden_size, rotations = BASE.hidden_size, 4
-    bf16 = dict(device=DEVICE, dtype=torch.bfloat16)
-    residuals = [torch.randn(tokens, hidden_size, **bf16) for _ in range(rotations)]
-    size = (tokens, hidden_size) if parts == 1 else (parts, tokens, hidden_size)
-    xs = [torch.randn(size, device=DEVICE) for _ in range(rotations)]
-    if parts == 1:
-        xs = [x.bfloat16() for x in xs]
-    bias, weight, shift = torch.randn(3, hidden_size, **bf16)
-
-    def ours(i: int, config: NormConfig) -> torch.Tensor:
-        return launch.residual_norm(xs[i], bias, residuals[i], weight, shift, 1e-12, config=config)
-
-    def torchs(i: int) -> torch.Tensor:
-        y = xs[i] if parts == 1 else xs[i].sum(0).to(torch.bfloat16)
-        return F.layer_norm(y + residuals[i], (hidden_size,), weight, shift, 1e-12)
-
-    variants = {"torch": graphed([partial(torchs, i) for i in range(rotations)], DEVICE)}
-    for config in NORM_CONFIGS:
-        name = f"rows{config.rows} w{config.num_warps}"
-        variants[name] = graphed([partial(ours, i, config) for i in range(rotations)], DEVICE)
-    timings = measure(variants, DEVICE, samples=9)
-    moved = 2.0 * tokens * hidden_size * 2 if parts == 1 else 4.0 * tokens * hidden_size * parts
-    for name, timing in timings.items():
-        case = f"norm T{tokens} parts{parts}"
-        recorder.add("norm", case, timing=timing, bytes_moved=moved, peer=name)
-    times = {name: round(t.median_ms * 1e3, 2) for name, t in timings.items()}
-    best["norm"].append({"tokens": tokens, "parts": parts, "us": times})
+def _our_product(
+    form: Form,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    activation: str,
+    config: LinearConfig | None,
+) -> Tensor:
+    options: dict[str, Any] = {"activation": activation, "residual": residual, "config": config}
+    out = launch.linear(form, x, weight, bias, **options)
+    if out.dim() == 3:
+        assert residual is not None
+        # Partial sums; in the op the row norm adds them.
+        out = (out.sum(0) + bias + residual).to(x.dtype)
+    return out
 
 
-def section_norm(recorder: Recorder, deadline: Deadline, best: Best) -> None:
-    """The row kernel alone."""
-    for tokens, parts in ((16384, 1), (1024, 1), (128, 1), (128, 4), (128, 8)):
-        with recorder.guarded("norm", f"norm T{tokens} parts{parts}"):
-            sweep_norm(recorder, tokens, parts, best)
-
-
-def section_attention(recorder: Recorder, deadline: Deadline, best: Best) -> None:
-    """The attention core, dense and ragged, beside SDPA."""
-    cases = [
-        (lengths, heads, head_dim)
-        for heads, head_dim in ((12, 64), (3, 64), (12, 32))
-        for lengths in ([128] * 128, [256] * 64, [512] * 32, short_text_lengths(512, 128), [128])
+def sweep_products(
+    recorder: Recorder, device: str, dtype: torch.dtype, subnet: Subnet, tokens: int
+) -> None:
+    """Every product of a layer with its epilogue but for LayerNorm, beside PyTorch's calls."""
+    g = subnet.geometry
+    inner, neurons = subnet.num_heads * g.head_dim, subnet.intermediate_size
+    draw = partial(random_hidden, dtype=dtype, device=device)
+    products: list[tuple[str, Form, int, int, str]] = [
+        ("qkv", "rows", 3 * inner, g.hidden_size, "none"),
+        ("up", "rows", neurons, g.hidden_size, "gelu"),
+        ("out", "columns", g.hidden_size, inner, "none"),
+        ("down", "columns", g.hidden_size, neurons, "none"),
     ]
-    calls = []
-    for config in ATTENTION_SINGLE + ATTENTION_STREAM:
-        for head_dim in (32, 64):
-            qkv = torch.randn(512, 2, 3, head_dim, device=DEVICE, dtype=torch.bfloat16)
-            for longest in (512, 128):
-                cu = torch.arange(0, 513, longest, device=DEVICE, dtype=torch.int32)
-                calls.append(partial(launch.attention_core, qkv, cu, longest, HOST, config=config))
-    precompile(calls)
-    for lengths, heads, head_dim in cases:
-        if deadline.left_s() < 45:
-            print("attention sweep cut short", flush=True)
-            return
-        batch_size, longest = len(lengths), max(lengths)
-        dense = min(lengths) == longest
-        case = f"B{batch_size} S{longest} H{heads} D{head_dim} " + ("dense" if dense else "ragged")
-        with recorder.guarded("attention", case):
-            tokens = sum(lengths)
-            cu = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=DEVICE)
-            bf16 = dict(device=DEVICE, dtype=torch.bfloat16)
-            qkvs = [torch.randn(tokens, heads, 3, head_dim, **bf16) for _ in range(3)]
-            variants: dict[str, Variant] = {}
-            expected = gpu_triton_checks.ragged_attention(qkvs[-1].float(), lengths)
-            named = {}
-            for config in ATTENTION_SINGLE if longest <= 128 else ATTENTION_STREAM:
-                run = partial(launch.attention_core, cu_seqlens=cu, max_seqlen=longest, width=HOST)
-                try:
-                    variant = graphed(
-                        [partial(run, q, config=config) for q in qkvs], DEVICE, fall_back=False
-                    )
-                    variant.run()
-                    error = relative_error(variant.output, expected)
-                    if not error < 5e-3:
-                        raise ValueError(f"relative error {error:.2e}")
-                except Exception as error:
-                    recorder.add("attention", case, error=str(error), peer=config.name)
-                    continue
-                variants[config.name] = variant
-                named[config.name] = config
-            if dense:
-                size = (batch_size, longest, 3, heads, head_dim)
-                merged = [torch.randn(size, **bf16) for _ in range(3)]
-                for backend in ("flash", "cudnn"):
-                    with recorder.guarded("attention", case, peer=backend):
-                        variants[backend] = graphed(
-                            [partial(attend, m, backend) for m in merged], DEVICE, fall_back=False
-                        )
-            timings = measure(variants, DEVICE, samples=9)
-            flops = float(sum(4 * n * n * heads * head_dim for n in lengths))
-            moved = 8.0 * tokens * heads * head_dim
-            for name, timing in timings.items():
-                recorder.add(
-                    "attention", case, timing=timing, flops=flops, bytes_moved=moved, peer=name
-                )
-            times = {name: round(t.median_ms * 1e3, 2) for name, t in timings.items()}
-            best["attention"].append({"case": case, "us": times})
-
-
-def install(best: Best) -> None:
-    """Make the op use what the sweep found, nearest problem first."""
-    found = best["linear"]
-    if not found:
-        return
-    table = configs.linear_config
-
-    def chosen(form: str, *, tokens: int, outputs: int, inputs: int, **rest: Any) -> LinearConfig:
-        def distance(row: dict[str, Any]) -> float:
-            return sum(
-                abs(torch.tensor(a / b).log().item())
-                for a, b in (
-                    (row["tokens"], tokens),
-                    (row["outputs"], outputs),
-                    (row["inputs"], inputs),
-                )
-            )
-
-        rows = [row for row in found if row["form"] == form]
-        if rest["dtype"] == torch.float32 or not rest["descriptors"] or not rows:
-            return table(form, tokens=tokens, outputs=outputs, inputs=inputs, **rest)
-        return LinearConfig(**min(rows, key=distance)["config"])
-
-    configs.linear_config = chosen
-
-
-def short_table(best: Best) -> str:
-    """What the sweep found, a line per problem."""
-    lines = ["case                      us  TF/s | cublas  +epi | best config"]
-    for row in best["linear"]:
-        lines.append(
-            f"{row['case']:24s} {row['ms'] * 1e3:6.1f} {row['tflops']:5.0f} | "
-            f"{row['cublas_ms'] * 1e3:6.1f} {row['cublas_epilogue_ms'] * 1e3:6.1f} | "
-            + "; ".join(f"{us} {name}" for us, name in row["top"][:2])
+    for kind, form, outputs, inputs, activation in products:
+        x = draw(tokens, inputs)
+        weight = draw(outputs, inputs, seed=1) * inputs**-0.5
+        weight = weight.t().contiguous() if form == "columns" else weight
+        bias = draw(1, outputs, seed=2)[0]
+        residual = draw(tokens, outputs, seed=3) if form == "columns" else None
+        plain = partial(_plain_product, form, x, weight, bias, residual, activation)
+        ours = partial(_our_product, form, x, weight, bias, residual, activation)
+        calls: dict[str, Callable[[], Tensor]] = {"pytorch": plain}
+        for config in SMALL if tokens <= SMALL_BATCH else LARGE:
+            calls[_name(config)] = partial(ours, config)
+        wide = (x.double(), weight.double(), bias.double())
+        truth = _plain_product(
+            form, *wide, None if residual is None else residual.double(), activation
         )
-    lines += [f"norm T{r['tokens']} parts{r['parts']} {r['us']}" for r in best["norm"]]
-    lines += [f"{r['case']} {r['us']}" for r in best["attention"]]
-    lines += [f"encoder {r}" for r in best["encoder"]]
-    lines += [f"CHECK {r}" for r in best["check"]]
-    return "\n".join(lines)
+        case = f"{kind} {g.name} T{tokens} w{subnet.width:g}"
+        flops = 2.0 * tokens * outputs * inputs
+        _time(recorder, device, "gemm", case, calls, plain(), truth, flops)
+
+
+def sweep_attention(
+    recorder: Recorder, device: str, dtype: torch.dtype, subnet: Subnet, lengths: list[int]
+) -> None:
+    """The attention core alone, beside one SDPA call per distinct batch of equal lengths."""
+    heads, head_dim = subnet.num_heads, subnet.geometry.head_dim
+    tokens, longest = sum(lengths), max(lengths)
+    qkv = random_hidden(tokens, heads * 3 * head_dim, dtype=dtype, device=device)
+    qkv = qkv.view(tokens, heads, 3, head_dim)
+    offsets = offsets_of(lengths, device)
+    equal = min(lengths) == longest
+
+    def plain(qkv: Tensor) -> Tensor:
+        pieces = (
+            [qkv.unflatten(0, (-1, longest))] if equal else [p[None] for p in qkv.split(lengths)]
+        )
+        contexts = (
+            F.scaled_dot_product_attention(*piece.permute(3, 0, 2, 1, 4)) for piece in pieces
+        )
+        return torch.cat([context.transpose(1, 2).flatten(0, 1) for context in contexts])
+
+    calls: dict[str, Callable[[], Tensor]] = {
+        _name(config): partial(launch.attention_core, qkv, offsets, longest, config=config)
+        for config in CORES
+    }
+    if equal:
+        calls["pytorch"] = partial(plain, qkv)
+    case = f"B{len(lengths)} S{longest} H{heads} D{head_dim} {'equal' if equal else 'ragged'}"
+    flops = float(sum(4 * n * n * heads * head_dim for n in lengths))
+    _time(recorder, device, "attention", case, calls, plain(qkv), plain(qkv.double()), flops)
+
+
+def random_layers(geometry: Geometry, device: str, dtype: torch.dtype) -> list[Layer]:
+    """Packed weights of every layer."""
+    g = geometry
+    options: dict[str, Any] = {"device": device, "dtype": dtype}
+    return [
+        (
+            random_attention(g.num_heads, g.head_dim, g.hidden_size, seed=layer, **options),
+            random_ffn(g.intermediate_size, g.hidden_size, seed=layer, **options),
+        )
+        for layer in range(g.num_layers)
+    ]
+
+
+def time_encoder(
+    recorder: Recorder, device: str, layers: list[Layer], subnet: Subnet, lengths: list[int]
+) -> None:
+    """The layers of a subnet through both ops, in one graph, on `triton` and on the reference."""
+    kept = [layers[index] for index in subnet.layers]
+    offsets = offsets_of(lengths, device)
+    dtype = layers[0][1].up_weight.dtype
+    hidden = random_hidden(sum(lengths), subnet.geometry.hidden_size, device=device, dtype=dtype)
+
+    def encode(hidden: Tensor, kept: list[Layer], backend: str) -> Tensor:
+        with use_backend(backend):
+            for for_heads, for_neurons in kept:
+                hidden = attention(
+                    hidden,
+                    for_heads,
+                    num_heads=subnet.num_heads,
+                    cu_seqlens=offsets,
+                    max_seqlen=max(lengths),
+                )
+                hidden = ffn(hidden, for_neurons, intermediate_size=subnet.intermediate_size)
+        return hidden
+
+    wide = [(converted(a, torch.float64), converted(f, torch.float64)) for a, f in kept]
+    plain = encode(hidden, kept, "reference")
+    truth = encode(hidden.double(), wide, "reference")
+    calls: dict[str, Callable[[], Tensor]] = {
+        name: partial(encode, hidden, kept, name) for name in ("triton", "reference")
+    }
+    case = f"B{len(lengths)} S{max(lengths)} T{sum(lengths)} {subnet.name}"
+    flops = float(subnet.ragged_flops(lengths))
+    _time(recorder, device, "encoder", case, calls, plain, truth, flops)
+
+
+def run(
+    recorder: Recorder,
+    deadline: Deadline,
+    device: str,
+    dtype: torch.dtype,
+    geometry: Geometry,
+    batches: list[list[int]],
+) -> None:
+    """Every section, what matters most first, until the time is up."""
+    heat_up(device)
+    layers = random_layers(geometry, device, dtype)
+    subnets = [Subnet(geometry, width, depth) for width, depth in SUBNETS]
+    full, quarter = subnets[:2]
+    work: list[tuple[str, Callable[[], None]]] = [
+        ("encoder", partial(time_encoder, recorder, device, layers, subnet, lengths))
+        for lengths, subnet in itertools.product(batches, (full, quarter))
+    ]
+    for lengths, subnet in itertools.product(batches, (full, quarter)):
+        tokens = sum(lengths)
+        work.append(("gemm", partial(sweep_products, recorder, device, dtype, subnet, tokens)))
+        work.append(
+            ("attention", partial(sweep_attention, recorder, device, dtype, subnet, lengths))
+        )
+    work += [
+        ("encoder", partial(time_encoder, recorder, device, layers, subnet, batches[0]))
+        for subnet in subnets[2:]
+    ]
+    with torch.no_grad():
+        for section, measurement in work:
+            if deadline.left_s() <= 0:
+                recorder.add(section, "cut short", error=f"{deadline.spent_s():.0f} s are spent")
+                return
+            with recorder.guarded(section, "set-up"):
+                measurement()
 
 
 def main() -> None:
-    """Run the sections named on the command line."""
+    """Measure BERT-base on the card."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--budget-s", type=float, default=240)
-    parser.add_argument("--sections", default="check,gemm,norm,attention,encoder")
     options = parser.parse_args()
-    deadline = Deadline(options.budget_s)
-    options.out.mkdir(parents=True, exist_ok=True)
-    recorder = Recorder(options.out, describe_machine(DEVICE))
+    recorder = Recorder(options.out, describe_machine("cuda"))
     recorder.path = options.out / "gpu_triton.jsonl"
-    torch.manual_seed(0)
-    torch.set_grad_enabled(False)
-    best: Best = {"linear": [], "norm": [], "attention": [], "encoder": [], "check": []}
-    sections: dict[str, Callable[[], None]] = {
-        "check": partial(gpu_triton_checks.run_checks, recorder, deadline, best),
-        "norm": partial(section_norm, recorder, deadline, best),
-        "gemm": partial(section_gemm, recorder, deadline, best),
-        "attention": partial(section_attention, recorder, deadline, best),
-        "encoder": partial(run_encoder, recorder, deadline, best, BASE, SUBNETS, Subnet),
+    batches = [[128] * 128, [128], [128] * 8, short_text_lengths(512, 128), [512] * 32]
+    run(recorder, Deadline(options.budget_s), "cuda", torch.bfloat16, BASE, batches)
+    timed = [row for row in recorder.rows if "median_ms" in row]
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        name: lambda row, name=name: str(row[name])  # type: ignore[misc]
+        for name in ("section", "case", "peer")
     }
-    for name, run in sections.items():
-        if name not in options.sections.split(","):
-            continue
-        try:
-            if name == "encoder":
-                install(best)
-            run()
-        except Exception:
-            traceback.print_exc()
-        (options.out / "triton_best.json").write_text(json.dumps(best, indent=1))
-        print(f"section {name} done at {deadline.spent_s():.0f} s", flush=True)
-    print(short_table(best), flush=True)
+    print(format_table(timed, columns | {"ms": lambda row: f"{row['median_ms']:.4f}"}))
+    for row in recorder.rows:
+        if "error" in row:
+            print(f"{row['section']} {row['case']} {row.get('peer', '')}: {row['error']}")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,14 @@ def strict() -> bool:
     return _flag("DYNABERT_STRICT")
 
 
+def triton_interpret() -> bool:
+    """Returns whether `TRITON_INTERPRET` makes Triton run its kernels on the CPU.
+
+    The variable is Triton's own, so a value that Triton ignores is ignored here.
+    """
+    return os.environ.get("TRITON_INTERPRET", "").strip().lower() in (*_TRUE, "y")
+
+
 def isa() -> str | None:
     """Returns the instruction set named by `DYNABERT_ISA`, or None.
 

@@ -31,8 +31,9 @@ def doctor_report() -> dict[str, Any]:
     Never raises for what it finds: a broken part of the installation is a sentence in the report.
 
     Returns:
-        Plain JSON values. ``ops[op][backend]`` is None if the backend runs here, else the reason
-        why not; ``extension["reason"]`` and ``gpu["reason"]`` read the same way.
+        Plain JSON values. ``ops[op][backend]`` is None if calls run on the backend here without
+        being told to, else the reason why not; ``extension["reason"]`` and ``gpu["reason"]`` are
+        None where there is one to use.
     """
     return {
         "versions": {"python": platform.python_version()} | {p: _version(p) for p in _PACKAGES},
@@ -100,6 +101,8 @@ def _backends(op: Op[Any]) -> dict[str, str | None]:
         table[backend.name] = dict(op.status(backend.device))[backend.name]
         if table[backend.name] is None and backend.device == "cuda":
             table[backend.name] = _gpu()["reason"]
+        if table[backend.name] is None and forced_backend() != backend.name:
+            table[backend.name] = backend.unproven
     return table | {"reference": None}
 
 

@@ -61,6 +61,9 @@ class Backend(Generic[CallT]):
         why_not: A sentence if it cannot run this call, else None.
         unavailable: A sentence if it cannot run anything here (not built, not installed). Asked
             at every call on `device`, and traced by Dynamo: it reads a constant.
+        unproven: A sentence if only `use_backend` may choose it. The automatic choice passes it
+            over without a warning, and neither warns nor fails under ``DYNABERT_STRICT`` where it
+            is the only native backend of a device; where a message lists backends, it says this.
         backward: Gradient formula, as `torch.library.register_autograd` takes it. A backend
             without one is not used where gradients are needed.
         setup_context: What `backward` keeps, as `torch.library.register_autograd` takes it.
@@ -71,12 +74,13 @@ class Backend(Generic[CallT]):
     run: Callable[..., Tensor] | None = None
     why_not: Callable[[CallT], str | None] | None = None
     unavailable: Callable[[], str | None] | None = None
+    unproven: str | None = None
     backward: Callable[..., Any] | None = None
     setup_context: Callable[..., None] | None = None
 
 
 class Op(Generic[CallT]):
-    """An op and its backends; the first backend that can run a call runs it.
+    """An op and its backends; the first proven backend that can run a call runs it.
 
     Args:
         name: Name of the op and of its packet in ``torch.ops.dynabert``.
@@ -178,6 +182,9 @@ class Op(Generic[CallT]):
         reasons: dict[str, str] = {}
         native_here = False
         for backend in self.backends:
+            if _forced is None and backend.unproven is not None:
+                reasons[backend.name] = backend.unproven
+                continue
             reason = self._why_not(backend, call)
             if _forced is not None and backend.name != _forced:
                 reasons[backend.name] = reason or f"not used while {_forced!r} is forced"

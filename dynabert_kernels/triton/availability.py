@@ -1,49 +1,62 @@
 """Whether the Triton kernels can run here, as sentences. Imports no Triton itself."""
 
-import functools
 import importlib.util
 
 import torch
 from torch import Tensor
 
+from dynabert_kernels import _env
+
+UNPROVEN = "no recorded GPU run proves it yet; choose it with use_backend('triton')"
 HEAD_DIMS = (32, 64, 80, 128)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
+# Under Triton's interpreter the kernels run on the CPU, which is how they are tested without a GPU.
+INTERPRETED = _env.triton_interpret()
+DEVICE = "cpu" if INTERPRETED else "cuda"
+# Constants of the process: Dynamo traces the functions that return them.
+_MISSING = (
+    None
+    if importlib.util.find_spec("triton") is not None
+    else "the triton package is not installed"
+)
 
-@functools.cache
+
 def triton_missing() -> str | None:
     """Why no Triton kernel can run on this installation, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "the triton package is not installed"
-    return None
+    return _MISSING
 
 
-@functools.cache
-def card_too_old(index: int) -> str | None:
-    """Why this card cannot run the kernels, or None."""
-    major, minor = torch.cuda.get_device_capability(index)
-    if major < 8:
-        return f"the card is sm_{major}{minor}, expected sm_80 or newer"
-    return None
+def why_not(
+    hidden: Tensor, matrices: tuple[Tensor, ...], *, widths: Tensor | None, dropout: bool
+) -> str | None:
+    """The reasons both ops share why the kernels cannot run a call, or None.
 
-
-def why_not(hidden: Tensor, weights: tuple[Tensor, ...], *, dropout: bool) -> str | None:
-    """The reasons that both ops share: card, dtypes, autocast, dropout."""
+    Args:
+        hidden: Tokens, ``[total_tokens, hidden_size]``.
+        matrices: The weight matrices.
+        widths: One width per sequence, if the call gives them.
+        dropout: Whether the call asks for any dropout.
+    """
     if hidden.device.type == "cuda":
-        old = card_too_old(hidden.device.index or 0)
-        if old is not None:
-            return old
+        major, minor = torch.cuda.get_device_capability(hidden.device)
+        if major < 8:
+            return f"the card is sm_{major}{minor}, expected sm_80 or newer"
     if hidden.dtype not in DTYPES:
         return f"hidden is {hidden.dtype}, expected float16, bfloat16 or float32"
-    for weight in weights:
-        if weight.dtype != hidden.dtype:
-            return f"the weights are {weight.dtype} and hidden {hidden.dtype}, expected one dtype"
-        if not weight.is_contiguous():
-            return "a weight is not contiguous"
+    if INTERPRETED and hidden.dtype == torch.bfloat16:
+        return "Triton's interpreter multiplies bfloat16 wrongly, expected float16 or float32"
+    for matrix in matrices:
+        if matrix.dtype != hidden.dtype:
+            return f"the weights are {matrix.dtype} and hidden {hidden.dtype}, expected one dtype"
+        if not matrix.is_contiguous():
+            return "a weight matrix is not contiguous"
     if torch.is_autocast_enabled(hidden.device.type):
         autocast = torch.get_autocast_dtype(hidden.device.type)
         if autocast != hidden.dtype:
             return f"autocast asks for {autocast} and hidden is {hidden.dtype}, expected one dtype"
+    if widths is not None:
+        return "one width per sequence is given, expected one int for all"
     if dropout:
         return "dropout is not implemented"
     return None

@@ -195,7 +195,8 @@ def test_same_input_same_bits(backend):
     with torch.no_grad():
         first = run(backend, hidden, weights, 3, [5, 63, 9])
         assert all(
-            torch.equal(run(backend, hidden, weights, 3, [5, 63, 9]), first) for _ in range(20)
+            torch.equal(run(backend, hidden, weights, 3, [5, 63, 9]), first)
+            for _ in range(backend.repeats)
         )
 
 

@@ -155,7 +155,9 @@ def test_same_input_same_bits(backend):
     hidden, weights = inputs(backend, 63)
     with torch.no_grad():
         first = run(backend, hidden, weights, 37)
-        assert all(torch.equal(run(backend, hidden, weights, 37), first) for _ in range(20))
+        assert all(
+            torch.equal(run(backend, hidden, weights, 37), first) for _ in range(backend.repeats)
+        )
 
 
 def test_nan_in_a_token_stays_in_it(backend):

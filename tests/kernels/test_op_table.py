@@ -72,17 +72,22 @@ TRAINING = Backend(
 ABSENT = Backend("absent", "cpu", unavailable=lambda: "the extension is not built")
 ELSEWHERE = Backend("elsewhere", "cuda", run=scale_kernel)
 
+OPT_IN = Backend("opt_in", "cpu", run=scale_kernel, why_not=large, unproven="no run proves it")
+
 # Operators live as long as the process, so the table of these tests is made once.
 TOY = make_op("toy", (ABSENT, ELSEWHERE, INFERENCE, TRAINING))
 TOY_INFERENCE = make_op("toy_inference", (INFERENCE,))
 TOY_FOREIGN = make_op("toy_foreign", (ELSEWHERE,))
-for toy in (TOY, TOY_INFERENCE, TOY_FOREIGN):
+TOY_OPT_IN = make_op("toy_opt_in", (OPT_IN,))
+TOY_OPT_IN_FIRST = make_op("toy_opt_in_first", (OPT_IN, INFERENCE))
+TOYS = (TOY, TOY_INFERENCE, TOY_FOREIGN, TOY_OPT_IN, TOY_OPT_IN_FIRST)
+for toy in TOYS:
     del OPS[toy.name]
 
 
 @pytest.fixture(autouse=True)
 def fresh_table(monkeypatch):
-    for toy in (TOY, TOY_INFERENCE, TOY_FOREIGN):
+    for toy in TOYS:
         monkeypatch.setitem(OPS, toy.name, toy)
     monkeypatch.setattr(_op, "_warned", set())
     monkeypatch.setattr(_op, "_strict", False)
@@ -160,6 +165,28 @@ def test_strict_makes_the_fall_back_an_error(monkeypatch):
     with pytest.raises(NotImplementedError, match=message):
         TOY(ScaleCall(ones(), 20.0))
     assert TOY_FOREIGN(ScaleCall(ones(), 20.0)).tolist() == [120, 120, 120]
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
+def test_only_use_backend_chooses_an_unproven_backend(monkeypatch, strict):
+    monkeypatch.setattr(_op, "_strict", strict)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert TOY_OPT_IN(ScaleCall(ones(), 2.0)).tolist() == [102, 102, 102]
+        with use_backend("opt_in"):
+            assert TOY_OPT_IN(ScaleCall(ones(), 2.0)).tolist() == [2, 2, 2]
+    assert TOY_OPT_IN.why_not("opt_in", ScaleCall(ones(), 2.0)) is None
+    with use_backend("opt_in"), pytest.raises(NotImplementedError, match=r"opt_in: factor=20\.0, "):
+        TOY_OPT_IN(ScaleCall(ones(), 20.0))
+
+
+def test_an_unproven_backend_leaves_the_choice_to_those_after_it(monkeypatch):
+    assert TOY_OPT_IN_FIRST(ScaleCall(ones(), 2.0)).tolist() == [2, 2, 2]
+    with pytest.warns(RuntimeWarning, match=r"because opt_in: no run proves it; inference: fac"):
+        TOY_OPT_IN_FIRST(ScaleCall(ones(), 20.0))
+    monkeypatch.setattr(_op, "_strict", True)
+    with pytest.raises(NotImplementedError, match=r"\n  opt_in: no run proves it\n  inference: "):
+        TOY_OPT_IN_FIRST(ScaleCall(ones(), 20.0))
 
 
 def test_a_forced_backend_runs():

@@ -1,12 +1,10 @@
-"""The attention sublayer on Triton kernels: projection, attention, projection, row norm.
-
-Width on the device: see `dynabert_kernels.triton.gemm`. Nothing waits for the device.
-"""
+"""The attention sublayer on Triton kernels: projection, attention, projection, row norm."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from dynabert_kernels.ops._op import Backend
@@ -25,6 +23,7 @@ def why_not(call: AttentionCall) -> str | None:
     return availability.why_not(
         call.hidden,
         (weights.qkv_weight, weights.out_weight),
+        widths=call.num_heads_each,
         dropout=call.dropout_p > 0 or call.attention_dropout_p > 0,
     )
 
@@ -46,40 +45,41 @@ def attention(
     attention_dropout_p: float,
     seed: int | None,
 ) -> Tensor:
-    """Run one checked call; arguments as in the op's schema."""
+    """Run one call that `why_not` lets through; arguments as in the op's schema."""
     from dynabert_kernels.triton import launch
 
     tokens, hidden_size = hidden.shape
     head_dim = qkv_weight.shape[2]
+    inner = num_heads * head_dim
     hidden = launch.with_contiguous_rows(hidden)
-    width = launch.resolve_width(num_heads, num_heads_each, cu_seqlens, tokens, hidden.device)
-    qkv = launch.linear(
-        "rows",
-        hidden,
-        qkv_weight[:num_heads].view(num_heads * 3 * head_dim, hidden_size),
-        qkv_bias[:num_heads].reshape(-1),
-        width,
-        width_unit=3 * head_dim,
-    )
-    context = launch.attention_core(
-        qkv.view(tokens, num_heads, 3, head_dim), cu_seqlens, max_seqlen, width
-    )
-    projected = launch.linear(
-        "columns",
-        context.view(tokens, num_heads * head_dim),
-        out_weight[:num_heads].view(num_heads * head_dim, hidden_size),
-        out_bias,
-        width,
-        width_unit=head_dim,
-        residual=hidden,
-    )
-    return launch.residual_norm(projected, out_bias, hidden, norm_weight, norm_bias, norm_eps)
+    out_bias = out_bias.contiguous()
+    with torch.cuda.device_of(hidden):
+        qkv = launch.linear(
+            "rows",
+            hidden,
+            qkv_weight[:num_heads].view(3 * inner, hidden_size),
+            qkv_bias[:num_heads].reshape(3 * inner),
+        )
+        context = launch.attention_core(
+            qkv.view(tokens, num_heads, 3, head_dim), cu_seqlens.contiguous(), max_seqlen
+        )
+        projected = launch.linear(
+            "columns",
+            context.view(tokens, inner),
+            out_weight[:num_heads].view(inner, hidden_size),
+            out_bias,
+            residual=hidden,
+        )
+        return launch.residual_norm(
+            projected, out_bias, hidden, norm_weight.contiguous(), norm_bias.contiguous(), norm_eps
+        )
 
 
 BACKEND: Backend[AttentionCall] = Backend(
     "triton",
-    device="cuda",
+    device=availability.DEVICE,
     run=attention,
     why_not=why_not,
     unavailable=availability.triton_missing,
+    unproven=availability.UNPROVEN,
 )

@@ -1,12 +1,10 @@
-"""The feed-forward sublayer on Triton kernels: product with activation, product, row norm.
-
-Width on the device: see `dynabert_kernels.triton.gemm`. Nothing waits for the device.
-"""
+"""The feed-forward sublayer on Triton kernels: product with activation, product, row norm."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from dynabert_kernels.ops._op import Backend
@@ -18,9 +16,11 @@ if TYPE_CHECKING:
 
 def why_not(call: FFNCall) -> str | None:
     """Why the kernels cannot run this call, or None."""
-    weights = call.weights
     return availability.why_not(
-        call.hidden, (weights.up_weight, weights.down_weight), dropout=call.dropout_p > 0
+        call.hidden,
+        (call.weights.up_weight, call.weights.down_weight),
+        widths=call.intermediate_sizes,
+        dropout=call.dropout_p > 0,
     )
 
 
@@ -40,32 +40,32 @@ def ffn(
     dropout_p: float,
     seed: int | None,
 ) -> Tensor:
-    """Run one checked call; arguments as in the op's schema."""
+    """Run one call that `why_not` lets through; arguments as in the op's schema."""
     from dynabert_kernels.triton import launch
 
-    tokens = hidden.shape[0]
     hidden = launch.with_contiguous_rows(hidden)
-    width = launch.resolve_width(
-        intermediate_size, intermediate_sizes, cu_seqlens, tokens, hidden.device
-    )
-    inner = launch.linear(
-        "rows",
-        hidden,
-        up_weight[:intermediate_size],
-        up_bias[:intermediate_size],
-        width,
-        activation=activation,
-    )
-    projected = launch.linear(
-        "columns", inner, down_weight[:intermediate_size], down_bias, width, residual=hidden
-    )
-    return launch.residual_norm(projected, down_bias, hidden, norm_weight, norm_bias, norm_eps)
+    down_bias = down_bias.contiguous()
+    with torch.cuda.device_of(hidden):
+        inner = launch.linear(
+            "rows",
+            hidden,
+            up_weight[:intermediate_size],
+            up_bias[:intermediate_size].contiguous(),
+            activation=activation,
+        )
+        projected = launch.linear(
+            "columns", inner, down_weight[:intermediate_size], down_bias, residual=hidden
+        )
+        return launch.residual_norm(
+            projected, down_bias, hidden, norm_weight.contiguous(), norm_bias.contiguous(), norm_eps
+        )
 
 
 BACKEND: Backend[FFNCall] = Backend(
     "triton",
-    device="cuda",
+    device=availability.DEVICE,
     run=ffn,
     why_not=why_not,
     unavailable=availability.triton_missing,
+    unproven=availability.UNPROVEN,
 )
