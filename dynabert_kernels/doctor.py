@@ -125,7 +125,10 @@ def format_report(report: dict[str, Any]) -> str:
     found = [f"{d['name']}, {d['capability']}, {d['memory_gib']} GiB" for d in gpu["devices"]]
     lines += [f"gpu        {line}" for line in found or [f"none: {gpu['reason']}"]]
     lines.append(f"nvcc       {gpu['nvcc'] or 'not on PATH'}")
-    lines.append(f"backend    {report['forced_backend'] or 'chosen per call'}")
+    forced = report["forced_backend"]
+    known = {name for backends in report["ops"].values() for name in backends}
+    note = "" if forced is None or forced in known else ": no op has it, every call will be refused"
+    lines.append(f"backend    {forced or 'chosen per call'}{note}")
     lines += ["", "op         backend    runs  why not"]
     for op, backends in report["ops"].items():
         for backend, reason in backends.items():

@@ -2,12 +2,6 @@
 
 import dynabert_kernels.ops.attention
 import dynabert_kernels.ops.ffn  # noqa: F401
-from dynabert_kernels import _env
 from dynabert_kernels.ops._op import OPS, Backend, Op, forced_backend, use_backend
 
 __all__ = ["OPS", "Backend", "Op", "forced_backend", "use_backend"]
-
-try:
-    use_backend(_env.backend())
-except ValueError as error:
-    raise ValueError(f"environment: DYNABERT_BACKEND={_env.backend()!r}. {error}") from None

@@ -25,7 +25,8 @@ OPS: dict[str, Op[Any]] = {}
 _LIBRARY = torch.library.Library("dynabert", "FRAGMENT")
 
 # A plain module attribute: Dynamo guards it, where it cannot trace a ContextVar.
-_forced: str | None = None
+# A name that no op knows is refused by the first call, so that `doctor` can still be asked.
+_forced: str | None = _env.backend()
 _strict = _env.strict()
 _warned: set[tuple[str, str]] = set()
 

@@ -318,11 +318,22 @@ def test_environment_forces_a_backend():
     assert run_python(code, DYNABERT_BACKEND="reference").stdout == "reference\n"
 
 
-def test_environment_with_an_unknown_backend_is_one_clear_error():
-    done = run_python("import dynabert_kernels", DYNABERT_BACKEND="fastest")
+def test_environment_with_an_unknown_backend_is_refused_by_the_first_call():
+    code = (
+        "import torch\n"
+        "from dynabert_kernels import ffn\n"
+        "from dynabert_kernels.testing import random_ffn\n"
+        "ffn(torch.zeros(1, 8), random_ffn(4, 8), intermediate_size=2)"
+    )
+    done = run_python(code, DYNABERT_BACKEND="fastest")
     assert done.returncode != 0
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("ValueError: environment: DYNABERT_BACKEND='fastest'. use_backend: ")
+    assert "\n  fastest: the op has no such backend\n" in done.stderr
+
+
+def test_doctor_says_that_the_environment_names_no_backend():
+    code = "from dynabert_kernels.doctor import *; print(format_report(doctor_report()))"
+    done = run_python(code, DYNABERT_BACKEND="fastest")
+    assert "backend    fastest: no op has it, every call will be refused\n" in done.stdout
 
 
 def test_import_needs_torch_alone():
