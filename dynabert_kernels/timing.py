@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Twice the L2 of the largest card in use (H100 and H200: 50 MB; B200: 126 MB), rounded up.
+# Twice the L2 of the largest card in use (B200: 126 MB), rounded up.
 _FLUSH_BYTES = 256 * 2**20
 # A product of this size keeps a large card busy for about a millisecond.
 _BACKLOG_SIZE = 8192
