@@ -9,8 +9,8 @@ Letters: H heads, D head_dim, C hidden_size, I intermediate_size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ class PackedAttention:
         _check_count("PackedAttention.prefix", "num_heads", num_heads, self.num_heads, "heads")
         if not torch.compiler.is_compiling() and num_heads == self.num_heads:
             return self
-        return self._map_elastic(lambda t: t[:num_heads])
+        return self.with_elastic([t[:num_heads] for t in self.elastic()])
 
     def permuted(self, order: Tensor) -> PackedAttention:
         """The same sublayer with its heads in another order ("rewiring"), as new tensors.
@@ -81,18 +81,15 @@ class PackedAttention:
             TypeError: `order` is not an integer tensor.
         """
         _check_order("PackedAttention.permuted", order, self.num_heads)
-        return self._map_elastic(lambda t: t[order.to(t.device)])
+        return self.with_elastic([t[order.to(t.device)] for t in self.elastic()])
 
-    def _map_elastic(self, change: Callable[[Tensor], Tensor]) -> PackedAttention:
-        return PackedAttention(
-            change(self.qkv_weight),
-            change(self.qkv_bias),
-            change(self.out_weight),
-            self.out_bias,
-            self.norm_weight,
-            self.norm_bias,
-            self.norm_eps,
-        )
+    def elastic(self) -> tuple[Tensor, ...]:
+        """The tensors that shrink with width: `qkv_weight`, `qkv_bias`, `out_weight`."""
+        return self.qkv_weight, self.qkv_bias, self.out_weight
+
+    def with_elastic(self, tensors: Sequence[Tensor]) -> PackedAttention:
+        """The same sublayer with others in the place of `elastic`."""
+        return replace(self, qkv_weight=tensors[0], qkv_bias=tensors[1], out_weight=tensors[2])
 
     def validate(self) -> PackedAttention:
         """Check every shape, dtype and device, and return `self`.
@@ -255,7 +252,7 @@ class PackedFFN:
         )
         if not torch.compiler.is_compiling() and intermediate_size == self.intermediate_size:
             return self
-        return self._map_elastic(lambda t: t[:intermediate_size])
+        return self.with_elastic([t[:intermediate_size] for t in self.elastic()])
 
     def permuted(self, order: Tensor) -> PackedFFN:
         """The same sublayer with its neurons in another order ("rewiring"), as new tensors.
@@ -268,19 +265,15 @@ class PackedFFN:
             TypeError: `order` is not an integer tensor.
         """
         _check_order("PackedFFN.permuted", order, self.intermediate_size)
-        return self._map_elastic(lambda t: t[order.to(t.device)])
+        return self.with_elastic([t[order.to(t.device)] for t in self.elastic()])
 
-    def _map_elastic(self, change: Callable[[Tensor], Tensor]) -> PackedFFN:
-        return PackedFFN(
-            change(self.up_weight),
-            change(self.up_bias),
-            change(self.down_weight),
-            self.down_bias,
-            self.norm_weight,
-            self.norm_bias,
-            self.norm_eps,
-            self.activation,
-        )
+    def elastic(self) -> tuple[Tensor, ...]:
+        """The tensors that shrink with width: `up_weight`, `up_bias`, `down_weight`."""
+        return self.up_weight, self.up_bias, self.down_weight
+
+    def with_elastic(self, tensors: Sequence[Tensor]) -> PackedFFN:
+        """The same sublayer with others in the place of `elastic`."""
+        return replace(self, up_weight=tensors[0], up_bias=tensors[1], down_weight=tensors[2])
 
     def validate(self) -> PackedFFN:
         """Check every shape, dtype and device, and return `self`.

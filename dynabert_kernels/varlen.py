@@ -49,6 +49,25 @@ class Packing:
         """Real tokens of each sequence, ``[B]``, int32."""
         return self.cu_seqlens[1:] - self.cu_seqlens[:-1]
 
+    def repeat(self, count: int) -> Packing:
+        """The packing of this batch `count` times, one after the other."""
+        if count == 1:
+            return self
+        times = torch.arange(count, device=self.cu_seqlens.device)[:, None]
+        indices = self.indices
+        if indices is not None:
+            indices = (indices + times * (self.batch_size * self.seq_len)).flatten()
+        starts = (self.cu_seqlens[:-1] + times * self.total_tokens).flatten()
+        end = self.cu_seqlens[-1:] * count
+        return Packing(
+            indices,
+            torch.cat([starts.to(torch.int32), end]),
+            self.max_seqlen,
+            self.batch_size * count,
+            self.seq_len,
+            self.total_tokens * count,
+        )
+
     def pack(self, padded: Tensor) -> Tensor:
         """Keep the real tokens of ``[B, S, ...]``, giving ``[T, ...]``; differentiable.
 

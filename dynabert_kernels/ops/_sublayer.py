@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Protocol, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,8 @@ from dynabert_kernels.varlen import token_positions
 
 class _Elastic(Protocol):
     def prefix(self: WeightsT, width: int, /) -> WeightsT: ...
+    def with_elastic(self: WeightsT, tensors: Sequence[Tensor], /) -> WeightsT: ...
+    def elastic(self) -> tuple[Tensor, ...]: ...
 
 
 WeightsT = TypeVar("WeightsT", bound=_Elastic)
@@ -28,15 +30,11 @@ def compute_dtype(hidden: Tensor) -> torch.dtype:
     return hidden.dtype
 
 
-def hidden_dropout(
-    projected: Tensor, dropout_p: float, seed: int | None, tokens: Tensor | slice
-) -> Tensor:
-    """Dropout of ``[n, C]``; `tokens` are the places of these rows in the whole ragged batch."""
-    if dropout_p == 0:
-        return projected
-    if seed is None:
-        return F.dropout(projected, dropout_p)
-    places = token_numbers(tokens, projected.device)
+def hidden_dropout(projected: Tensor, dropout_p: float, seed: int | None) -> Tensor:
+    """Dropout of the ragged batch ``[T, C]``."""
+    if dropout_p == 0 or seed is None:
+        return dropout.unseeded(projected, dropout_p)
+    places = torch.arange(projected.shape[0], device=projected.device)
     numbers = dropout.hidden_uniform(seed, places, projected.shape[1])
     return dropout.apply_mask(projected, numbers, dropout_p)
 
@@ -58,61 +56,108 @@ def add_norm(
     return normed.to(residual.dtype)
 
 
-def nested_prefixes(weights: WeightsT, widths: Iterable[int]) -> dict[int, WeightsT]:
-    """The prefix of each width, each a view of the next wider one.
+class _NestedPrefixes(torch.autograd.Function):
+    """Prefixes of one weight in the dtype of the products: cast once, one gradient for all.
 
-    Nesting lets autograd add the gradients of narrow prefixes into the next wider one, instead
-    of building one full-size tensor of zeros per width.
+    Slicing and casting for each width would, in the backward pass, fill a tensor of the full size
+    with zeros, copy into it and add it up, once per width.
     """
-    prefixes: dict[int, WeightsT] = {}
-    for width in sorted(set(widths), reverse=True):
-        weights = weights.prefix(width)
-        prefixes[width] = weights
-    return prefixes
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, widths: tuple[int, ...], dtype: torch.dtype) -> Any:
+        ctx.shape, ctx.dtype, ctx.widths = weight.shape, weight.dtype, widths
+        ctx.set_materialize_grads(False)
+        widest = weight[: max(widths)].to(dtype)
+        return tuple(widest[:width] for width in widths)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        total: Tensor | None = None
+        for width, gradient in sorted(
+            zip(ctx.widths, gradients, strict=True), key=lambda pair: pair[0], reverse=True
+        ):
+            if gradient is None:
+                continue
+            if total is None:
+                total = gradient.new_empty(ctx.shape, dtype=ctx.dtype)
+                total[:width].copy_(gradient)
+                total[width:].zero_()
+            else:
+                total[:width].add_(gradient)
+        return total, None, None
 
 
-def run_by_width(
-    hidden: Tensor,
-    widths: list[int],
-    offsets: list[int],
-    run: Callable[[int, Tensor, list[int], Tensor | slice], Tensor],
-) -> Tensor:
-    """Run the sequences of each width together, and return all tokens in their old order.
+def nested_prefixes(
+    weights: WeightsT, widths: Iterable[int], dtype: torch.dtype
+) -> dict[int, WeightsT]:
+    """The prefix of each width with its elastic tensors in `dtype`; see `_NestedPrefixes`."""
+    order = tuple(sorted(set(widths)))
+    by_tensor = [
+        _NestedPrefixes.apply(tensor, order, dtype)  # type: ignore[no-untyped-call]
+        for tensor in weights.elastic()
+    ]
+    return {
+        width: weights.with_elastic(tensors)
+        for width, tensors in zip(order, zip(*by_tensor, strict=True), strict=True)
+    }
 
-    No token meets a weight beyond its own prefix. Where the sequences of each width are
-    neighbours, groups are views of `hidden`; else their tokens are gathered.
+
+class WidthGroup(NamedTuple):
+    """Sequences of a ragged batch that have one width.
+
+    Attributes:
+        width: Heads or neurons.
+        rows: The numbers of the sequences.
+        lengths: Their tokens.
+        tokens: The places of these in the whole batch.
+    """
+
+    width: int
+    rows: list[int]
+    lengths: list[int]
+    tokens: Tensor | slice
+
+
+class WidthGroups:
+    """A ragged batch taken apart by width, so that no token meets a weight beyond its own prefix.
+
+    Where the sequences of each width are neighbours, groups are views of the batch; else their
+    tokens are gathered.
 
     Args:
-        hidden: Tokens, ``[T, C]``.
         widths: Width of each sequence.
         offsets: Ragged offsets, one more than `widths`.
-        run: Called with the width, tokens ``[n, C]``, the sequence numbers, and the places of
-            the tokens in the whole batch.
+        device: Where the batch is.
     """
-    rows_of: dict[int, list[int]] = {}
-    for row, width in enumerate(widths):
-        if offsets[row + 1] > offsets[row]:
-            rows_of.setdefault(width, []).append(row)
-    groups = [
-        (width, rows, token_positions([(offsets[r], offsets[r + 1]) for r in rows], hidden.device))
-        for width, rows in rows_of.items()
-    ]
-    if all(isinstance(tokens, slice) for _, _, tokens in groups):
-        # Dictionaries keep insertion order, so the groups already follow each other.
-        parts = hidden.split([_count(tokens) for _, _, tokens in groups])
-    else:
-        parts = tuple(hidden[tokens] for _, _, tokens in groups)
-    outputs = torch.cat(
-        [
-            run(width, part, rows, tokens)
-            for (width, rows, tokens), part in zip(groups, parts, strict=True)
+
+    def __init__(self, widths: list[int], offsets: list[int], device: torch.device) -> None:
+        rows_of: dict[int, list[int]] = {}
+        for row, width in enumerate(widths):
+            if offsets[row + 1] > offsets[row]:
+                rows_of.setdefault(width, []).append(row)
+        self.groups = [
+            WidthGroup(
+                width,
+                rows,
+                [offsets[row + 1] - offsets[row] for row in rows],
+                token_positions([(offsets[row], offsets[row + 1]) for row in rows], device),
+            )
+            for width, rows in rows_of.items()
         ]
-    )
-    if all(isinstance(tokens, slice) for _, _, tokens in groups):
-        return outputs
-    order = torch.cat([token_numbers(tokens, hidden.device) for _, _, tokens in groups])
-    return torch.empty_like(outputs).index_copy(0, order, outputs)
+        # Dictionaries keep insertion order, so groups of neighbours already follow each other.
+        self._are_neighbours = all(isinstance(group.tokens, slice) for group in self.groups)
 
+    def split(self, hidden: Tensor) -> list[Tensor]:
+        """The tokens of each group, from ``[T, C]``."""
+        if self._are_neighbours:
+            sizes = [sum(group.lengths) for group in self.groups]
+            return list(hidden.split(sizes))
+        return [hidden[group.tokens] for group in self.groups]
 
-def _count(tokens: Tensor | slice) -> int:
-    return int(tokens.stop - tokens.start) if isinstance(tokens, slice) else tokens.shape[0]
+    def merge(self, parts: Sequence[Tensor]) -> Tensor:
+        """``[T, C]`` from the tokens of each group."""
+        merged = torch.cat(list(parts))
+        if self._are_neighbours:
+            return merged
+        order = torch.cat([token_numbers(group.tokens, merged.device) for group in self.groups])
+        return torch.empty_like(merged).index_copy(0, order, merged)

@@ -279,6 +279,41 @@ def test_one_seed_one_mask():
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 1e-5, 0.1, 0.5, 0.999, 1.0])
+def test_unseeded_dropout_keeps_the_mean(dtype, dropout_p):
+    torch.manual_seed(0)
+    values = torch.ones(801, 997, dtype=dtype, requires_grad=True)
+    output = dropout.unseeded(values, dropout_p)
+    dropped = output.detach()
+    share = (dropped == 0).float().mean().item()
+    spread = (dropout_p * (1 - dropout_p) / values.numel()) ** 0.5
+    assert abs(share - dropout_p) <= 4 * spread + 2**-17
+    kept = dropped[dropped != 0].float()
+    if 0 < share < 1:
+        assert kept.unique().numel() == 1
+        assert kept[0].item() * (1 - dropout_p) == pytest.approx(1, rel=0.01)
+    output.float().sum().backward()
+    assert torch.equal(values.grad != 0, dropped != 0)
+
+
+def test_unseeded_dropout_follows_torchs_generator():
+    values = torch.ones(7, 11)
+    torch.manual_seed(3)
+    first, second = dropout.unseeded(values, 0.5), dropout.unseeded(values, 0.5)
+    torch.manual_seed(3)
+    assert torch.equal(dropout.unseeded(values, 0.5), first)
+    assert not torch.equal(first, second)
+
+
+def test_unseeded_dropout_decides_about_neighbours_alone():
+    torch.manual_seed(0)
+    kept = (dropout.unseeded(torch.ones(1 << 20), 0.5) != 0).float() - 0.5
+    for lag in (1, 2, 3, 4, 8, 64):  # four elements share a word of the generator
+        correlation = (kept[:-lag] * kept[lag:]).mean() / 0.25
+        assert abs(correlation) < 5 / len(kept) ** 0.5
+
+
 def test_without_seed_torch_draws():
     hidden, weights = random_hidden(11, HIDDEN), random_ffn(NEURONS, HIDDEN)
     torch.manual_seed(1)

@@ -50,6 +50,19 @@ def test_restore_puts_zeros_at_padding(rows):
     assert torch.equal(restored, torch.where(mask[..., None].bool(), values, 0))
 
 
+@pytest.mark.parametrize("rows", MASKS.values(), ids=MASKS.keys())
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_repeat_is_the_packing_of_the_repeated_batch(rows, count):
+    mask = torch.tensor(rows)
+    repeated, expected = unpad(mask).repeat(count), unpad(mask.repeat(count, 1))
+    values = torch.arange(12.0 * count).view(3 * count, 4)
+    assert torch.equal(repeated.pack(values), expected.pack(values))
+    assert torch.equal(repeated.cu_seqlens, expected.cu_seqlens)
+    assert repeated.cu_seqlens.dtype == torch.int32
+    for name in ("max_seqlen", "batch_size", "seq_len", "total_tokens"):
+        assert getattr(repeated, name) == getattr(expected, name)
+
+
 def test_pack_drops_nan_at_padding():
     mask = torch.tensor(MASKS["holes"])
     values = torch.full((3, 4), torch.nan).masked_fill(mask.bool(), 1.0)

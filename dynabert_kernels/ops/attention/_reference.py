@@ -15,11 +15,11 @@ from dynabert_kernels import dropout
 from dynabert_kernels.layout import PackedAttention
 from dynabert_kernels.ops._checks import check_not_compiling, check_width_values
 from dynabert_kernels.ops._sublayer import (
+    WidthGroups,
     add_norm,
     compute_dtype,
     hidden_dropout,
     nested_prefixes,
-    run_by_width,
     token_numbers,
 )
 from dynabert_kernels.varlen import offsets_of, position_in_sequence, sequence_of_token
@@ -30,19 +30,27 @@ if TYPE_CHECKING:
 
 def attention(call: AttentionCall) -> Tensor:
     """Run one call; see `dynabert_kernels.ops.attention.attention`."""
-    if call.num_heads_each is not None and call.hidden.shape[0] > 0:
-        return _attention_by_width(call)
-    weights = call.weights.prefix(call.num_heads)
-    return _sublayer(call, weights, slice(0, call.hidden.shape[0]))
+    weights, hidden = call.weights, call.hidden
+    inputs = hidden.to(compute_dtype(hidden))
+    if call.num_heads_each is not None and hidden.shape[0] > 0:
+        projected = _project_by_width(call, inputs)
+    else:
+        tokens = slice(0, hidden.shape[0])
+        projected = _project(call, inputs, weights.prefix(call.num_heads), tokens)
+    dropped = hidden_dropout(projected, call.dropout_p, call.seed)
+    return add_norm(dropped, hidden, weights.norm_weight, weights.norm_bias, weights.norm_eps)
 
 
-def _sublayer(call: AttentionCall, weights: PackedAttention, tokens: Tensor | slice) -> Tensor:
-    """All sequences of `call` at one width; `tokens` are their places in the whole batch."""
-    hidden = call.hidden
-    total_tokens, heads, head_dim = hidden.shape[0], weights.num_heads, weights.head_dim
-    inner, dtype = heads * head_dim, compute_dtype(hidden)
+def _project(
+    call: AttentionCall, inputs: Tensor, weights: PackedAttention, tokens: Tensor | slice
+) -> Tensor:
+    """From tokens to what is added to them, ``[n, C]`` to ``[n, C]``: all sequences of `call` at
+    one width; `tokens` are their places in the whole batch."""
+    total_tokens, dtype = inputs.shape[0], inputs.dtype
+    heads, head_dim = weights.num_heads, weights.head_dim
+    inner = heads * head_dim
     qkv = F.linear(
-        hidden.to(dtype),
+        inputs,
         weights.qkv_weight.reshape(3 * inner, weights.hidden_size).to(dtype),
         weights.qkv_bias.reshape(3 * inner).to(dtype),
     )
@@ -60,13 +68,11 @@ def _sublayer(call: AttentionCall, weights: PackedAttention, tokens: Tensor | sl
         seen = _seen_keys(call.cu_seqlens, seq_len)
         context = _attend(padded.view(by_head), seen, call, tokens, slots)
         context = context.reshape(batch_size * seq_len, inner).index_select(0, slots)
-    projected = torch.addmm(
+    return torch.addmm(
         weights.out_bias.to(dtype),
         context,
         weights.out_weight.reshape(inner, weights.hidden_size).to(dtype),
     )
-    dropped = hidden_dropout(projected, call.dropout_p, call.seed, tokens)
-    return add_norm(dropped, hidden, weights.norm_weight, weights.norm_bias, weights.norm_eps)
 
 
 def _padded_slots(cu_seqlens: Tensor, total_tokens: int, seq_len: int) -> Tensor:
@@ -90,22 +96,24 @@ def _attend(
     slots: Tensor | None,
 ) -> Tensor:
     """Scaled dot-product attention of ``[B, S, H, 3, D]``, giving ``[B, S, H, D]``."""
-    query, key, value = (part.transpose(1, 2) for part in qkv.unbind(3))  # [B, H, S, D]
+    with_dropout = call.attention_dropout_p > 0
+    by_part = qkv.permute(3, 0, 2, 1, 4)  # [3, B, H, S, D]
+    if with_dropout:
+        by_part = by_part.contiguous()  # one copy for the products of all three
+    query, key, value = by_part.unbind(0)
     blind: Tensor | None = None
     if call.attn_mask is not None and mask is not None:
         mask, blind = _split_blind(mask, query.dtype)
-    if call.attention_dropout_p > 0 and call.seed is not None:
-        context = _attend_seeded(query, key, value, mask, call, tokens, slots)
+    if with_dropout:
+        context = _attend_dropped(query, key, value, mask, call, tokens, slots)
     else:
-        context = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=call.attention_dropout_p
-        )
+        context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     if blind is not None:
         context = context.masked_fill(blind, 0)
     return context.transpose(1, 2)
 
 
-def _attend_seeded(
+def _attend_dropped(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -114,21 +122,22 @@ def _attend_seeded(
     tokens: Tensor | slice,
     slots: Tensor | None,
 ) -> Tensor:
-    """Attention with the counter-based dropout of `dynabert_kernels.dropout`."""
+    """Attention with dropout on its probabilities, seeded (`dynabert_kernels.dropout`) or not."""
     batch_size, heads, seq_len, head_dim = query.shape
-    places = token_numbers(tokens, query.device)
-    if slots is not None:
-        places = places.new_zeros(batch_size * seq_len).index_copy(0, slots, places)
     scores = (query @ key.transpose(-1, -2)).to(torch.promote_types(query.dtype, torch.float32))
     scores = scores * head_dim**-0.5
     if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, -torch.inf)
     elif mask is not None:
         scores = scores + mask
-    numbers = dropout.attention_uniform(
-        call.seed or 0, places.view(batch_size, seq_len), heads, seq_len
-    )
-    probabilities = dropout.apply_mask(scores.softmax(-1), numbers, call.attention_dropout_p)
+    probabilities = scores.softmax(-1)
+    if call.seed is None:
+        return dropout.unseeded(probabilities.to(value.dtype), call.attention_dropout_p) @ value
+    places = token_numbers(tokens, query.device)
+    if slots is not None:
+        places = places.new_zeros(batch_size * seq_len).index_copy(0, slots, places)
+    numbers = dropout.attention_uniform(call.seed, places.view(batch_size, seq_len), heads, seq_len)
+    probabilities = dropout.apply_mask(probabilities, numbers, call.attention_dropout_p)
     return probabilities.to(value.dtype) @ value
 
 
@@ -147,28 +156,23 @@ def _split_blind(mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return added.masked_fill(blind, 0), blind
 
 
-def _attention_by_width(call: AttentionCall) -> Tensor:
+def _project_by_width(call: AttentionCall, inputs: Tensor) -> Tensor:
     check_not_compiling("attention", "num_heads")
     assert call.num_heads_each is not None
     widths = call.num_heads_each.tolist()
     check_width_values("attention", "num_heads", widths, call.weights.num_heads, "heads")
-    prefixes = nested_prefixes(call.weights, widths)
-    offsets = call.cu_seqlens.tolist()
-    device = call.hidden.device
-
-    def run(width: int, hidden: Tensor, rows: list[int], tokens: Tensor | slice) -> Tensor:
-        lengths = [offsets[row + 1] - offsets[row] for row in rows]
+    device = inputs.device
+    by_width = WidthGroups(widths, call.cu_seqlens.tolist(), device)
+    prefixes = nested_prefixes(call.weights, widths, inputs.dtype)
+    projected = []
+    for group, part in zip(by_width.groups, by_width.split(inputs), strict=True):
         mask = call.attn_mask
         if mask is not None and mask.shape[0] != 1:
-            mask = mask[torch.tensor(rows, device=device)]
-        group = call._replace(
-            hidden=hidden,
-            num_heads=width,
-            num_heads_each=None,
-            cu_seqlens=offsets_of(lengths, device),
-            max_seqlen=max(lengths),
+            mask = mask[torch.tensor(group.rows, device=device)]
+        alone = call._replace(
+            cu_seqlens=offsets_of(group.lengths, device),
+            max_seqlen=max(group.lengths),
             attn_mask=mask,
         )
-        return _sublayer(group, prefixes[width], tokens)
-
-    return run_by_width(call.hidden, widths, offsets, run)
+        projected.append(_project(alone, part, prefixes[group.width], group.tokens))
+    return by_width.merge(projected)
