@@ -24,7 +24,7 @@ from dynabert.modeling_heads import (
 )
 from dynabert.rewiring import rewire
 from dynabert.rewiring_record import RewiringRecord
-from dynabert.subnet import SubnetConfig, SubnetShape, subnet_grid
+from dynabert.subnet import ForEach, SubnetConfig, SubnetShape, subnet_grid
 
 AutoConfig.register(DynaBertConfig.model_type, DynaBertConfig, exist_ok=True)
 AutoModel.register(DynaBertConfig, DynaBertModel, exist_ok=True)
@@ -44,6 +44,7 @@ __all__ = [
     "DynaBertForSequenceClassification",
     "DynaBertForTokenClassification",
     "DynaBertModel",
+    "ForEach",
     "Importance",
     "RewiringRecord",
     "SubnetConfig",

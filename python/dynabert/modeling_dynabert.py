@@ -11,7 +11,7 @@ head_dim, I FFN neurons.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +25,16 @@ from dynabert.modeling_inputs import (
     check_kwargs,
     checked_tokens,
     first_token,
+    repeated_rows,
 )
 from dynabert.modeling_pretrained import DynaBertPreTrainedModel
-from dynabert.subnet import SubnetConfig, SubnetShape
+from dynabert.subnet import ForEach, SubnetConfig, SubnetShape
 from dynabert_kernels import PackedAttention, PackedFFN, attention, ffn
 from dynabert_kernels.varlen import Packing
 
 Subnet = SubnetConfig | SubnetShape | None
+Subnets = Subnet | Sequence[Subnet] | ForEach
+States = bool | Literal["packed"] | None
 
 
 class LayerStep(NamedTuple):
@@ -215,6 +218,38 @@ class DynaBertEncoder(nn.Module):
             states.append(hidden)
         return states
 
+    def for_each(
+        self,
+        hidden: Tensor,
+        shapes: Sequence[SubnetShape],
+        packing: Packing,
+        attn_mask: Tensor | None = None,
+    ) -> list[list[Tensor]]:
+        """Run the batch at each of `shapes`; the states of each, as `forward` returns them.
+
+        A layer runs once, on the tokens of all subnets that keep it, the widest first: each part
+        of its weights then serves one run of tokens, and gets its gradient in one piece.
+        """
+        states = [[hidden] for _ in shapes]
+        runs: dict[int, list[tuple[int, int, int]]] = {}
+        for number, shape in enumerate(shapes):
+            for layer in shape.layers:
+                run = (layer.num_heads, layer.intermediate_size, number)
+                runs.setdefault(layer.index, []).append(run)
+        repeated = {count: packing.repeat(count) for count in {len(run) for run in runs.values()}}
+        for index in sorted(runs):
+            heads, neurons, numbers = zip(*sorted(runs[index], reverse=True), strict=True)
+            step = LayerStep(
+                index, _width(heads, packing.batch_size), _width(neurons, packing.batch_size), None
+            )
+            mask = attn_mask.repeat(len(numbers), 1, 1, 1) if attn_mask is not None else None
+            inputs = torch.cat([states[number][-1] for number in numbers])
+            outputs = self.layer[index](inputs, step, repeated[len(numbers)], mask)
+            by_subnet = outputs.unflatten(0, (len(numbers), packing.total_tokens))
+            for number, output in zip(numbers, by_subnet.unbind(), strict=True):
+                states[number].append(output)
+        return states
+
 
 class DynaBertPooler(nn.Module):
     """Dense layer and tanh on the first real token of each sequence; never elastic."""
@@ -255,8 +290,8 @@ class DynaBertModel(DynaBertPreTrainedModel):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        subnet: Subnet | Sequence[Subnet] = None,
-        output_hidden_states: bool | None = None,
+        subnet: Subnets = None,
+        output_hidden_states: States = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling | tuple[Any, ...]:
@@ -271,9 +306,9 @@ class DynaBertModel(DynaBertPreTrainedModel):
             position_ids: ``[B, S]`` or ``[1, S]`` integer; default as the architecture counts them.
             inputs_embeds: Embeddings in the place of `input_ids`, ``[B, S, C]``.
             subnet: What to run; None is the full network. A sequence holds one per row of the
-                batch.
+                batch. `ForEach` runs the batch at each of several: n times the rows come out.
             output_hidden_states: Also return the embeddings and the state after each layer that
-                ran.
+                ran. ``"packed"`` leaves them as the encoder has them, without padding.
             return_dict: False returns a tuple.
             **kwargs: Arguments Hugging Face's callers pass along; one that this model cannot honour
                 is refused.
@@ -283,11 +318,13 @@ class DynaBertModel(DynaBertPreTrainedModel):
             pooler, and ``hidden_states``: ``[B, S, C]`` each. Padded positions are zero. The pooler
             reads the first real token of each sequence: position 0, or the first one after left
             padding. With subnets of different depths, entry k of ``hidden_states`` is each
-            sequence's own k-th state, zero where it has fewer.
+            sequence's own k-th state, zero where it has fewer. With `ForEach`, ``hidden_states``
+            holds such a tuple for each subnet. Packed states are ``[T, C]``.
 
         Raises:
             TypeError: An argument has the wrong type, or is not known.
-            ValueError: A shape, a length or a subnet does not fit.
+            ValueError: A shape, a length or a subnet does not fit; or packed states of sequences of
+                different depths are asked for.
         """
         check_kwargs(self.config, kwargs)
         tokens = checked_tokens(input_ids, inputs_embeds, self.config)
@@ -301,7 +338,7 @@ class DynaBertModel(DynaBertPreTrainedModel):
             token_type_ids = torch.zeros(
                 batch_size, seq_len, dtype=torch.long, device=tokens.device
             )
-        steps = _layer_steps(self._shapes(subnet, batch_size))
+        shapes = self._shapes(subnet, batch_size)
         layout = BatchLayout.of(attention_mask, batch_size, seq_len, tokens.device)
 
         hidden = self.embeddings(
@@ -309,16 +346,27 @@ class DynaBertModel(DynaBertPreTrainedModel):
             layout.pack(position_ids.expand(batch_size, seq_len)),
             layout.pack(token_type_ids.expand(batch_size, seq_len)),
         )
-        states = self.encoder(hidden, steps, layout.packing, layout.pair_mask)
-
-        last = layout.restore(states[-1])
-        pooled = self.pooler(first_token(last, attention_mask)) if self.pooler is not None else None
-        hidden_states = None
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        if output_hidden_states:
-            padded = [*(layout.restore(state) for state in states[:-1]), last]
-            hidden_states = tuple(_own_states(padded, steps, batch_size))
+        hidden_states: Any = None
+        if isinstance(subnet, ForEach):
+            each = self.encoder.for_each(hidden, shapes, layout.packing, layout.pair_mask)
+            last = layout.repeat(len(each)).restore(torch.cat([states[-1] for states in each]))
+            if output_hidden_states == "packed":
+                hidden_states = tuple(map(tuple, each))
+            elif output_hidden_states:
+                hidden_states = tuple(tuple(map(layout.restore, states)) for states in each)
+        else:
+            steps = _layer_steps(shapes)
+            states = self.encoder(hidden, steps, layout.packing, layout.pair_mask)
+            last = layout.restore(states[-1])
+            if output_hidden_states == "packed":
+                hidden_states = _packed_states(states, steps)
+            elif output_hidden_states:
+                padded = [*map(layout.restore, states[:-1]), last]
+                hidden_states = tuple(_own_states(padded, steps, batch_size))
+        mask = repeated_rows(attention_mask, subnet)
+        pooled = self.pooler(first_token(last, mask)) if self.pooler is not None else None
         output = BaseModelOutputWithPooling(
             last_hidden_state=last, pooler_output=pooled, hidden_states=hidden_states
         )
@@ -334,8 +382,10 @@ class DynaBertModel(DynaBertPreTrainedModel):
             return is_token.cumsum(dim=1) * is_token + (offset - 1)
         return torch.arange(offset, offset + seq_len, device=device).unsqueeze(0)
 
-    def _shapes(self, subnet: Subnet | Sequence[Subnet], batch_size: int) -> list[SubnetShape]:
-        """One shape for the whole batch, or one per sequence."""
+    def _shapes(self, subnet: Subnets, batch_size: int) -> list[SubnetShape]:
+        """One shape for the whole batch, one per sequence, or those of `ForEach`."""
+        if isinstance(subnet, ForEach):
+            return [self.subnet_shape(entry) for entry in subnet.subnets]
         if not isinstance(subnet, Sequence) or isinstance(subnet, str):
             return [self.subnet_shape(self.default_subnet if subnet is None else subnet)]
         if len(subnet) != batch_size:
@@ -365,8 +415,11 @@ def _layer_steps(shapes: Sequence[SubnetShape]) -> list[LayerStep]:
     return steps
 
 
-def _width(values: tuple[int, ...]) -> int | Tensor:
-    return values[0] if len(set(values)) == 1 else torch.tensor(values, dtype=torch.int32)
+def _width(values: tuple[int, ...], repeats: int = 1) -> int | Tensor:
+    """One width for all, or each of `values` for `repeats` sequences."""
+    if len(set(values)) == 1:
+        return values[0]
+    return torch.tensor(values, dtype=torch.int32).repeat_interleave(repeats)
 
 
 def _replaced(hidden: Tensor, tokens: Tensor | slice, rows: Tensor) -> Tensor:
@@ -374,6 +427,15 @@ def _replaced(hidden: Tensor, tokens: Tensor | slice, rows: Tensor) -> Tensor:
     if isinstance(tokens, slice):
         return torch.slice_scatter(hidden, rows, 0, tokens.start, tokens.stop)
     return hidden.index_copy(0, tokens, rows)
+
+
+def _packed_states(states: Sequence[Tensor], steps: Sequence[LayerStep]) -> tuple[Tensor, ...]:
+    if any(step.rows is not None for step in steps):
+        raise ValueError(
+            f"{DynaBertModel.__name__}: output_hidden_states='packed' with sequences of different "
+            "depths, expected one depth. Use True, or ForEach for a batch at several subnets."
+        )
+    return tuple(states)
 
 
 def _own_states(

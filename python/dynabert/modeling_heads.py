@@ -8,7 +8,7 @@ Letters: B sequences, S padded length, C hidden_size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -22,9 +22,10 @@ from transformers.modeling_outputs import (
 )
 
 from dynabert.configuration_dynabert import ACTIVATIONS, DynaBertConfig
-from dynabert.modeling_dynabert import DynaBertModel, Subnet
-from dynabert.modeling_inputs import first_token
+from dynabert.modeling_dynabert import DynaBertModel, States, Subnets
+from dynabert.modeling_inputs import first_token, repeated_rows
 from dynabert.modeling_pretrained import DynaBertPreTrainedModel
+from dynabert.subnet import ForEach
 
 
 class DynaBertForSequenceClassification(DynaBertPreTrainedModel):
@@ -51,8 +52,8 @@ class DynaBertForSequenceClassification(DynaBertPreTrainedModel):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        subnet: Subnet | Sequence[Subnet] = None,
-        output_hidden_states: bool | None = None,
+        subnet: Subnets = None,
+        output_hidden_states: States = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutput | tuple[Any, ...]:
@@ -74,7 +75,8 @@ class DynaBertForSequenceClassification(DynaBertPreTrainedModel):
 
         Returns:
             ``loss`` if `labels` are given, ``logits`` ``[B, num_labels]``, ``hidden_states`` if
-            asked for.
+            asked for. With `ForEach` of n subnets, ``loss`` ``[n]`` and ``logits`` ``[n * B,
+            num_labels]``; likewise for the other heads.
         """
         encoded = self.dynabert(
             input_ids=input_ids,
@@ -89,9 +91,13 @@ class DynaBertForSequenceClassification(DynaBertPreTrainedModel):
         )
         summary = encoded.pooler_output
         if summary is None:
-            summary = first_token(encoded.last_hidden_state, attention_mask)
+            mask = repeated_rows(attention_mask, subnet)
+            summary = first_token(encoded.last_hidden_state, mask)
         logits = self.classifier(self.dropout(summary))
-        loss = None if labels is None else sequence_loss(logits, labels, self.config.problem_type)
+        loss = None
+        if labels is not None:
+            problem_type = self.config.problem_type
+            loss = loss_of(subnet, lambda row: sequence_loss(row, labels, problem_type), logits)
         output = SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=encoded.hidden_states
         )
@@ -117,8 +123,8 @@ class DynaBertForTokenClassification(DynaBertPreTrainedModel):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        subnet: Subnet | Sequence[Subnet] = None,
-        output_hidden_states: bool | None = None,
+        subnet: Subnets = None,
+        output_hidden_states: States = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> TokenClassifierOutput | tuple[Any, ...]:
@@ -139,7 +145,9 @@ class DynaBertForTokenClassification(DynaBertPreTrainedModel):
             **kwargs,
         )
         logits = self.classifier(self.dropout(encoded.last_hidden_state))
-        loss = None if labels is None else token_loss(logits, labels)
+        loss = None
+        if labels is not None:
+            loss = loss_of(subnet, lambda row: token_loss(row, labels), logits)
         output = TokenClassifierOutput(
             loss=loss, logits=logits, hidden_states=encoded.hidden_states
         )
@@ -164,8 +172,8 @@ class DynaBertForQuestionAnswering(DynaBertPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
-        subnet: Subnet | Sequence[Subnet] = None,
-        output_hidden_states: bool | None = None,
+        subnet: Subnets = None,
+        output_hidden_states: States = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> QuestionAnsweringModelOutput | tuple[Any, ...]:
@@ -188,14 +196,17 @@ class DynaBertForQuestionAnswering(DynaBertPreTrainedModel):
             **kwargs,
         )
         logits = self.qa_outputs(encoded.last_hidden_state)
-        if attention_mask is not None and attention_mask.dim() == 2:
-            padding = (attention_mask == 0).unsqueeze(-1)
+        mask = repeated_rows(attention_mask, subnet)
+        if mask is not None and mask.dim() == 2:
+            padding = (mask == 0).unsqueeze(-1)
             logits = logits.masked_fill(padding, torch.finfo(logits.dtype).min)
         start_logits, end_logits = logits.unbind(dim=-1)
         loss = None
         if start_positions is not None and end_positions is not None:
-            start_loss = position_loss(start_logits, start_positions)
-            loss = (start_loss + position_loss(end_logits, end_positions)) / 2
+            loss = (
+                loss_of(subnet, lambda row: position_loss(row, start_positions), start_logits)
+                + loss_of(subnet, lambda row: position_loss(row, end_positions), end_logits)
+            ) / 2
         output = QuestionAnsweringModelOutput(
             loss=loss,
             start_logits=start_logits.contiguous(),
@@ -234,8 +245,8 @@ class DynaBertForMaskedLM(DynaBertPreTrainedModel):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        subnet: Subnet | Sequence[Subnet] = None,
-        output_hidden_states: bool | None = None,
+        subnet: Subnets = None,
+        output_hidden_states: States = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> MaskedLMOutput | tuple[Any, ...]:
@@ -256,7 +267,9 @@ class DynaBertForMaskedLM(DynaBertPreTrainedModel):
             **kwargs,
         )
         logits = self.lm_head(encoded.last_hidden_state)
-        loss = None if labels is None else token_loss(logits, labels)
+        loss = None
+        if labels is not None:
+            loss = loss_of(subnet, lambda row: token_loss(row, labels), logits)
         output = MaskedLMOutput(loss=loss, logits=logits, hidden_states=encoded.hidden_states)
         return output if self.wants_dict(return_dict) else output.to_tuple()
 
@@ -300,6 +313,15 @@ class DynaBertLMHead(nn.Module):
             )
         logits: Tensor = self.decoder(self.norm(hidden))
         return logits
+
+
+def loss_of(subnet: Subnets, loss: Callable[[Tensor], Tensor], predictions: Tensor) -> Tensor:
+    """The loss of a batch's predictions, a scalar; with `ForEach` one for each subnet, ``[n]``."""
+    if not isinstance(subnet, ForEach):
+        return loss(predictions)
+    count = len(subnet.subnets)
+    by_subnet = predictions.unflatten(0, (count, predictions.shape[0] // count))
+    return torch.stack([loss(part) for part in by_subnet.unbind()])
 
 
 def sequence_loss(logits: Tensor, labels: Tensor, problem_type: str | None) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dynabert.configuration_dynabert import DynaBertConfig
+from dynabert.subnet import ForEach
 from dynabert_kernels.varlen import Packing, unpad
 
 _WHO = "DynaBertModel"
@@ -66,6 +67,11 @@ class BatchLayout(NamedTuple):
             return cls(packing, real[:, None, None, :], real)
         return cls(unpad(mask))
 
+    def repeat(self, count: int) -> BatchLayout:
+        """The layout of this batch `count` times, for `restore`."""
+        real = self.real.repeat(count, 1) if self.real is not None else None
+        return BatchLayout(self.packing.repeat(count), None, real)
+
     def pack(self, padded: Tensor) -> Tensor:
         """``[B, S, ...]`` to ``[T, ...]``."""
         return self.packing.pack(padded)
@@ -86,6 +92,16 @@ def first_token(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
         return hidden[:, 0]
     first = (attention_mask != 0).int().argmax(dim=1)
     return hidden[torch.arange(hidden.shape[0], device=hidden.device), first]
+
+
+def repeated_rows(rows: Tensor | None, subnet: object) -> Tensor | None:
+    """What belongs to the rows of a batch, ``[B, ...]``, for the rows of its output.
+
+    ``[n * B, ...]`` if `subnet` is a `ForEach` of n, else as it is.
+    """
+    if rows is None or not isinstance(subnet, ForEach):
+        return rows
+    return rows.repeat(len(subnet.subnets), *[1] * (rows.dim() - 1))
 
 
 def checked_tokens(

@@ -178,6 +178,27 @@ class SubnetConfig:
         return SubnetShape(tuple(LayerShape(*triple) for triple in triples), targets)
 
 
+@dataclass(frozen=True)
+class ForEach:
+    """Several subnets for the whole batch in one call: every sequence runs at each of them.
+
+    The rows of the output are the batch once for each subnet, in this order.
+
+    Attributes:
+        subnets: What to run, at least one.
+
+    Raises:
+        ValueError: There is none.
+    """
+
+    subnets: tuple[SubnetConfig, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "subnets", tuple(self.subnets))
+        if not self.subnets:
+            raise ValueError("ForEach: subnets=(), expected at least one. Add SubnetConfig().")
+
+
 def subnet_grid(
     widths: Sequence[float] = (1.0, 0.75, 0.5, 0.25),
     depths: Sequence[float] = (1.0, 0.75, 0.5),
