@@ -25,6 +25,7 @@ GRID = tuple(subnet_grid((1, 0.5, 0.25), (1, 0.5)))
 WIDTHS = tuple(subnet_grid((1, 0.75, 0.25), (1,)))
 MakeModel = Callable[..., DynaBertForSequenceClassification]
 MakeArguments = Callable[..., TrainingArguments]
+_OPTIONS = ("callbacks", "evaluator", "model", "activation_budget")
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def make_trainer(
         stage: Stage, num_rows: int = 16, problem: str = "classification", **settings: Any
     ) -> DynaBertTrainer:
         changes = {"num_labels": 1} if problem == "regression" else {}
-        options = {k: settings.pop(k) for k in ("callbacks", "evaluator", "model") if k in settings}
+        options = {k: settings.pop(k) for k in _OPTIONS if k in settings}
         return DynaBertTrainer(
             options.pop("model", None) or make_model(seed=1, **changes),
             make_arguments(**settings),
@@ -148,13 +149,13 @@ def test_the_whole_loop_accumulates_4x8_as_1x32(make_trainer: Any) -> None:
 
 
 class Calls(torch.nn.Module):
-    """A student that notes which subnet ran and whether gradients would be exchanged."""
+    """A student that notes which subnets ran and whether gradients would be exchanged."""
 
     def __init__(self, model: DynaBertForSequenceClassification) -> None:
         super().__init__()
         self.model = model
         self.syncing = True
-        self.seen: list[tuple[str, bool]] = []
+        self.seen: list[tuple[list[str], bool]] = []
 
     @contextmanager
     def no_sync(self) -> Any:
@@ -163,45 +164,70 @@ class Calls(torch.nn.Module):
         self.syncing = True
 
     def forward(self, **inputs: Any) -> Any:
-        self.seen.append((inputs["subnet"].name, self.syncing))
+        self.seen.append(([subnet.name for subnet in inputs["subnet"].subnets], self.syncing))
         return self.model(**inputs)
 
 
 @pytest.mark.parametrize("teacher", ["same-width", "full", None], ids=str)
-def test_only_the_full_network_runs_last_and_exchanges_gradients(
-    teacher: Any, make_trainer: Any, make_batches: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("budget", [0, 400_000, 4 << 30])
+def test_only_the_last_pass_with_the_full_network_exchanges_gradients(
+    teacher: Any,
+    budget: int,
+    make_trainer: Any,
+    make_batches: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    trainer = make_trainer(grid_stage(teacher=teacher))
+    trainer = make_trainer(grid_stage(teacher=teacher), activation_budget=budget)
     student = Calls(trainer.model)
     monkeypatch.setattr(type(trainer.accelerator), "use_distributed", property(lambda self: True))
     trainer.training_step(student, make_batches((4,))[0])
-    names = [name for name, _ in student.seen]
+    passes = {0: len(GRID), 400_000: 3, 4 << 30: 1}[budget]
+    assert [syncing for _, syncing in student.seen] == [False] * (passes - 1) + [True]
+    names = [name for group, _ in student.seen for name in group]
     assert sorted(names) == sorted(subnet.name for subnet in GRID)
-    assert student.seen[-1] == (FULL.name, True)
-    assert not any(syncing for _, syncing in student.seen[:-1])
-    assert names[0] == "w0.25-d0.5"
+    assert (names[0], names[-1]) == ("w0.25-d0.5", FULL.name)
 
 
-@pytest.mark.parametrize(("teacher", "passes"), [("same-width", 3), ("full", 1)])
-def test_the_teacher_runs_once_for_all_it_teaches(
-    teacher: Any, passes: int, make_trainer: Any, make_batches: Any
+@pytest.mark.parametrize("problem", ["classification", "regression"])
+def test_passes_of_a_step_add_up_to_one(problem: str, make_trainer: Any, make_batches: Any) -> None:
+    batches = make_batches((4, 4), problem)
+    at_once, in_parts = (
+        run_step(make_trainer(grid_stage(), problem=problem, activation_budget=budget), batches)
+        for budget in (4 << 30, 400_000)
+    )
+    for name, gradient in at_once.items():
+        torch.testing.assert_close(in_parts[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(("teacher", "taught_by"), [("same-width", 3), ("full", 1)])
+def test_all_teachers_run_in_one_pass(
+    teacher: Any, taught_by: int, make_trainer: Any, make_batches: Any
 ) -> None:
     trainer = make_trainer(grid_stage(teacher=teacher))
-    seen: list[tuple[str, bool, bool]] = []
+    seen: list[list[str]] = []
     forward = trainer._teacher.forward
 
-    def counted(**inputs: Any) -> Any:
-        seen.append((inputs["subnet"].name, trainer._teacher.training, torch.is_grad_enabled()))
+    def noted(**inputs: Any) -> Any:
         assert "labels" not in inputs
+        assert not trainer._teacher.training and not torch.is_grad_enabled()
+        seen.append([subnet.name for subnet in inputs["subnet"].subnets])
         return forward(**inputs)
 
-    trainer._teacher.forward = counted
+    trainer._teacher.forward = noted
     trainer.training_step(trainer.model, make_batches((4,))[0])
-    assert len(seen) == passes
-    assert {name.partition("-")[2] for name, _, _ in seen} == {"d1"}
-    assert not any(training or grad for _, training, grad in seen)
+    assert len(seen) == 1
+    assert len(seen[0]) == len(set(seen[0])) == taught_by
+    assert all(name.endswith("-d1") for name in seen[0])
     assert trainer.model.training
     assert all(p.grad is None and not p.requires_grad for p in trainer._teacher.parameters())
+
+
+def test_embeddings_run_once_in_a_step(make_trainer: Any, make_batches: Any) -> None:
+    trainer = make_trainer(grid_stage())
+    calls = []
+    trainer.model.dynabert.embeddings.register_forward_hook(lambda *_: calls.append(1))
+    trainer.training_step(trainer.model, make_batches((4,))[0])
+    assert len(calls) == 1
 
 
 def test_hidden_states_are_asked_for_only_where_they_count(
@@ -217,7 +243,7 @@ def test_hidden_states_are_asked_for_only_where_they_count(
 
     trainer.model.forward = noted
     trainer.training_step(trainer.model, make_batches((4,))[0])
-    assert asked == [False] * len(WIDTHS)
+    assert asked == [False]
 
 
 @pytest.mark.parametrize("sampling", ["sandwich", "sampled"])

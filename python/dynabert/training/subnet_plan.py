@@ -29,12 +29,10 @@ class PlannedSubnet:
 
 
 class SubnetPlan:
-    """The order of a stage's subnets: from small to large, those of one teacher side by side, the
-    full network last.
+    """The order of a stage's subnets: from small to large, the full network last.
 
-    Full last makes training exact under DistributedDataParallel: gradients are exchanged in the one
-    backward pass that reaches every parameter. Side by side, one teacher pass serves every depth of
-    a width.
+    Full last makes training exact under DistributedDataParallel where a step takes several passes:
+    gradients are exchanged in the one backward pass that reaches every parameter.
     """
 
     def __init__(
@@ -51,14 +49,11 @@ class SubnetPlan:
             PlannedSubnet(index, subnet, resolve(subnet), _teacher_subnet(stage, subnet))
             for index, subnet in enumerate(stage.subnets)
         ]
-        by_size = sorted(planned, key=lambda item: _size(item.shape))
-        self._smallest = by_size[0]
-        self._full = planned[stage.subnets.index(FULL)]
-        self._ordered = sorted(
-            by_size, key=lambda item: _size(resolve(item.teacher)) if item.teacher else 0
-        )
+        self._ordered = sorted(planned, key=lambda item: _size(item.shape))
+        self._smallest = self._ordered[0]
         # A subnet may be written in another way and still be the whole network; the sort then
         # leaves its place open.
+        self._full = planned[stage.subnets.index(FULL)] if FULL in stage.subnets else planned[0]
         self._ordered.remove(self._full)
         self._ordered.append(self._full)
 

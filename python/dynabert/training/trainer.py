@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, cast
 
@@ -18,7 +17,6 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import (
     PrinterCallback,
     ProgressCallback,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
 )
@@ -28,43 +26,29 @@ from dynabert.evaluation import EncodedRows, GridRow, grid_mean
 from dynabert.modeling_pretrained import DynaBertPreTrainedModel
 from dynabert.subnet import SubnetConfig
 from dynabert.training.arguments import Pooling, Stage
-from dynabert.training.losses import embedding_loss, hidden_state_loss, logit_loss
 from dynabert.training.progress import StageProgress
+from dynabert.training.resumable_trainer import ResumableTrainer
 from dynabert.training.row_order import RowOrder
+from dynabert.training.step import (
+    Batch,
+    Lesson,
+    Share,
+    StepLosses,
+    activation_bytes,
+    micro_groups,
+)
 from dynabert.training.subnet_plan import PlannedSubnet, SubnetPlan
-from dynabert.training.task_agnostic import pool
 
 Inputs = dict[str, Any]
 Evaluator = Callable[[nn.Module], Sequence[GridRow]]
 
 
-@dataclass(frozen=True)
-class _Share:
-    """What a batch weighs among all batches (and processes) of an optimiser step; 1 if it is
-    alone."""
-
-    sequences: Tensor | float = 1.0
-    tokens: Tensor | float = 1.0
-    labels: Tensor | float = 1.0
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """One batch on the device, with what every subnet needs of it."""
-
-    inputs: Inputs
-    unlabelled: Inputs
-    num_tokens: Tensor
-    share: _Share
-
-
-class DynaBertTrainer(Trainer):
+class DynaBertTrainer(ResumableTrainer):
     """Trains the subnets of one `Stage` together: one optimiser step for the sum of their losses.
 
-    In a step the subnets run from small to large, each with its own backward pass, the full network
-    last; under DistributedDataParallel only that last pass exchanges gradients, which is exact and
-    needs no ``find_unused_parameters``. A teacher runs once for all subnets that learn from the
-    same part of it.
+    All subnets of a step run in one forward and one backward pass, and so do their teachers. Where
+    memory is short they run in groups, the full network in the last; under DistributedDataParallel
+    only that last pass exchanges gradients, which is exact and needs no ``find_unused_parameters``.
 
     Gradient accumulation, and DistributedDataParallel with ``average_tokens_across_devices``, give
     the step of one large batch: every batch is weighed by its share of the sequences, and in hidden
@@ -86,6 +70,8 @@ class DynaBertTrainer(Trainer):
         evaluator: Scores the model on the stage's subnets; needed by `evaluate`.
         pooling: How `problem` ``none`` pools hidden states.
         group_by_length: Put rows of like length into a batch.
+        activation_budget: Bytes that the activations of one forward pass may take, estimated;
+            subnets beyond it wait for the next pass of the step.
         callbacks: Further callbacks.
 
     Raises:
@@ -118,6 +104,7 @@ class DynaBertTrainer(Trainer):
         evaluator: Evaluator | None = None,
         pooling: Pooling = "mean",
         group_by_length: bool = True,
+        activation_budget: int = 4 << 30,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         if (teacher is None) != (stage.teacher is None):
@@ -153,8 +140,9 @@ class DynaBertTrainer(Trainer):
         if not args.disable_tqdm:
             self.add_callback(StageProgress(stage.name))
         self._stage = stage
-        self._problem = problem
-        self._pooling = pooling
+        self._losses = StepLosses(stage, problem, pooling)
+        self._config = model.config
+        self._activation_budget = activation_budget
         self._group_by_length = group_by_length
         self._evaluator = evaluator
         self._rows = train_dataset
@@ -197,6 +185,8 @@ class DynaBertTrainer(Trainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Inputs], None]:
         """The batches of one optimiser step; what each weighs is noted for `training_step`."""
         batches, _ = super().get_batch_samples(*args, **kwargs)
+        if not batches:
+            return [], None
         spread = self.args.world_size > 1 and self.args.average_tokens_across_devices
         self._step_totals = None
         if spread or len(batches) > 1:
@@ -227,80 +217,43 @@ class DynaBertTrainer(Trainer):
         model.train()
         batch = self._batch(inputs)
         planned = self._plan.at(self.state.global_step)
+        lessons: dict[SubnetConfig, Lesson] = {}
+        if self._teacher is not None:
+            taught_by = [item.teacher for item in planned if item.teacher is not None]
+            with self.accelerator.autocast():
+                lessons = self._losses.lessons(self._teacher, batch, taught_by)
         total = torch.zeros((), device=self.args.device)
-        lesson = None
-        for position, item in enumerate(planned):
-            if item.teacher is not None and (
-                position == 0 or item.teacher != planned[position - 1].teacher
-            ):
-                lesson = self._teach(batch, item.teacher)
-            is_last = position == len(planned) - 1
+        groups = self._micro_groups(planned, batch)
+        for group in groups:
+            is_last = group is groups[-1]
             with nullcontext() if is_last else self.accelerator.no_sync(model):
-                loss = self._subnet_loss(model, batch, item, lesson)
-                self.accelerator.backward(loss)
-            loss = loss.detach()
-            self._step_losses[item.index] += loss
-            total += loss
+                losses = self._losses(model, batch, group, lessons)
+                self.accelerator.backward(losses.sum())
+            numbers = torch.tensor([item.index for item in group], device=losses.device)
+            self._step_losses.index_add_(0, numbers, losses.detach())
+            total += losses.detach().sum()
         if self.accelerator.sync_gradients:
             self._end_step(planned)
         return total
 
-    def _batch(self, inputs: Inputs) -> _Batch:
+    def _batch(self, inputs: Inputs) -> Batch:
         inputs = self._prepare_inputs(inputs)
-        share = _Share()
+        share = Share()
         if self._step_totals is not None:
-            share = _Share(*(_counts(inputs) / self._step_totals.to(self.args.device)))
-        return _Batch(
-            inputs=inputs,
-            unlabelled={name: value for name, value in inputs.items() if name != "labels"},
-            num_tokens=inputs["attention_mask"].sum(),
-            share=share,
-        )
+            share = Share(*(_counts(inputs) / self._step_totals.to(self.args.device)))
+        return Batch(inputs, share, with_padding=self._stage.hidden_padding)
 
-    @torch.no_grad()
-    def _teach(self, batch: _Batch, subnet: SubnetConfig) -> Any:
-        assert self._teacher is not None
-        with self.accelerator.autocast():
-            return self._teacher(
-                **batch.unlabelled,
-                subnet=subnet,
-                output_hidden_states=self._stage.hidden_weight > 0,
-            )
-
-    def _subnet_loss(
-        self, model: nn.Module, batch: _Batch, item: PlannedSubnet, lesson: Any
-    ) -> Tensor:
-        stage, share = self._stage, batch.share
-        if lesson is None:
-            loss: Tensor = model(**batch.inputs, subnet=item.subnet).loss
-            return loss * share.labels
-        needs_hidden = stage.hidden_weight > 0
-        output = model(**batch.unlabelled, subnet=item.subnet, output_hidden_states=needs_hidden)
-        loss = torch.zeros((), device=self.args.device)
-        if stage.logit_weight > 0:
-            logits = self._logit_loss(output, lesson, batch)
-            loss = loss + stage.logit_weight * logits
-        if needs_hidden:
-            hidden = hidden_state_loss(
-                output.hidden_states,
-                lesson.hidden_states,
-                item.shape.hidden_targets,
-                batch.num_tokens,
-            )
-            loss = loss + stage.hidden_weight * share.tokens * hidden
-        return loss
-
-    def _logit_loss(self, output: Any, lesson: Any, batch: _Batch) -> Tensor:
-        """The loss of logits or of pooled output, weighed by the batch's share."""
-        share, mask = batch.share, batch.inputs["attention_mask"]
-        if self._problem == "none":
-            student, teacher = (
-                pool(out.last_hidden_state, mask, self._pooling) for out in (output, lesson)
-            )
-            return embedding_loss(student, teacher) * share.sequences
-        if output.logits.dim() == 3:
-            return logit_loss(output.logits, lesson.logits, self._problem, mask) * share.tokens
-        return logit_loss(output.logits, lesson.logits, self._problem) * share.sequences
+    def _micro_groups(
+        self, planned: list[PlannedSubnet], batch: Batch
+    ) -> list[list[PlannedSubnet]]:
+        # Padded positions are an upper bound of the tokens that needs no wait for the device.
+        num_tokens, seq_len = batch.mask.numel(), batch.mask.shape[1]
+        itemsize = 2 if self.args.bf16 or self.args.fp16 else 4
+        sizes = [
+            activation_bytes(item.shape, self._config, num_tokens, seq_len, itemsize)
+            for item in planned
+        ]
+        return micro_groups(planned, sizes, self._activation_budget)
 
     def _end_step(self, planned: list[PlannedSubnet]) -> None:
         # The one point where a step waits for the device: an optimiser step with a bad gradient
@@ -322,6 +275,20 @@ class DynaBertTrainer(Trainer):
         self._step_losses.zero_()
         for item in planned:
             self._logged_steps[item.index] += 1
+
+    def log_state(self) -> dict[str, Any]:
+        """The sums behind the mean loss of each subnet, besides the Trainer's own."""
+        return {
+            **super().log_state(),
+            "subnet_loss_sums": self._logged_losses.tolist(),
+            "subnet_steps": list(self._logged_steps),
+        }
+
+    def load_log_state(self, state: dict[str, Any]) -> None:
+        """Go on gathering from what `log_state` returned."""
+        super().load_log_state(state)
+        self._logged_losses.copy_(torch.tensor(state["subnet_loss_sums"]))
+        self._logged_steps = list(state["subnet_steps"])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as the Trainer does, with the mean loss of each subnet since the last time."""
