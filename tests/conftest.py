@@ -8,10 +8,14 @@ import random
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
@@ -61,6 +65,19 @@ def seeds_and_threads() -> Iterator[None]:
     torch.set_num_threads(min(2, os.cpu_count() or 1))
     yield
     torch.set_num_threads(num_threads)
+
+
+@pytest.fixture
+def byte_level_tokenizer() -> PreTrainedTokenizerBase:
+    """RoBERTa's kind of tokeniser: a token for each byte, and for a few parts of words."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import RobertaTokenizer
+
+    merges = ["Ġ g", "Ġg r", "e a", "ea t", "Ġgr eat", "a w", "f u", "fu l", "aw ful"]
+    tokens = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *sorted(ByteLevel.alphabet())]
+    tokens += [merge.replace(" ", "") for merge in merges]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    return RobertaTokenizer(vocab=vocab, merges=[tuple(merge.split()) for merge in merges])
 
 
 @pytest.fixture(scope="session")

@@ -97,7 +97,7 @@ def compute_importance(
             distance to the model's own output does not work: its gradient is zero.
         rule: ``paper`` or ``reference``.
         num_batches: Stop after this many batches; None: use them all.
-        progress: Show a progress bar, on stderr.
+        progress: Show a progress bar, on stderr, where that is a terminal.
 
     Returns:
         The scores.
@@ -129,7 +129,7 @@ def compute_importance(
     total = num_batches if num_batches is not None else _length(dataloader)
     with (
         _prepared(model, weights),
-        tqdm(total=total, desc="importance", unit="batch", disable=not progress) as bar,
+        tqdm(total=total, desc="importance", unit="batch", disable=not progress or None) as bar,
     ):
         for batch in islice(dataloader, num_batches):
             inputs = {

@@ -83,7 +83,7 @@ def measure_latency(
         backend: Backend to force for every operator; None leaves the choice as it is.
         seconds_per_subnet: Time to spend on each subnet on average, in seconds, warm-up not
             included. A slow subnet takes longer, so that every subnet gets 20 samples.
-        progress: Show a progress bar, on stderr.
+        progress: Show a progress bar, on stderr, where that is a terminal.
 
     Raises:
         ValueError: Nothing to time, a subnet given twice or not of this model, or a number below
@@ -225,7 +225,7 @@ def _measure(
     names = list(calls)
     shuffle = random.Random(0).shuffle
     samples: dict[str, tuple[float, ...]] = dict.fromkeys(names, ())
-    for number in tqdm(range(_SLICES), desc="latency", disable=not progress):
+    for number in tqdm(range(_SLICES), desc="latency", disable=not progress or None):
         shuffle(names)
         part = measure(
             {name: calls[name] for name in names},

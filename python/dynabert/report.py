@@ -34,10 +34,13 @@ _NOTHING = "-"
 # Factor, unit and decimals; a metric not named here is shown as it is.
 _METRIC_SCALES: dict[str, tuple[float, str, int]] = {
     "accuracy": (100.0, "%", 1),
+    "exact_match": (100.0, "%", 1),
     "f1": (100.0, "%", 1),
     "f1_macro": (100.0, "%", 1),
     "mcc": (100.0, "x100", 1),
     "pearson": (100.0, "x100", 1),
+    "precision": (100.0, "%", 1),
+    "recall": (100.0, "%", 1),
     "spearman": (100.0, "x100", 1),
 }
 

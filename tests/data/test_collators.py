@@ -1,5 +1,6 @@
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,7 +42,7 @@ def test_chunks_change_nothing(
 ) -> None:
     examples = SINGLES * 3
     whole = encode(examples, tokenizer, 5)
-    monkeypatch.setattr(collators, "_CHUNK_ROWS", 2)
+    monkeypatch.setattr(collators, "CHUNK_ROWS", 2)
     chunked = encode(examples, tokenizer, 5)
     assert [chunked[row] for row in range(9)] == [whole[row] for row in range(9)]
     assert chunked.num_truncated == whole.num_truncated == 6
@@ -58,6 +59,16 @@ def test_truncation_is_counted(
     caplog.clear()
     encode(SINGLES, tokenizer, 7)
     assert not caplog.records
+
+
+def test_a_row_longer_than_the_model_is_named(tokenizer: PreTrainedTokenizerBase) -> None:
+    examples = [example._replace(line=line) for line, example in enumerate(SINGLES, start=7)]
+    # The first has 7 tokens.
+    assert encode(examples, tokenizer, 4, longest=7).num_truncated == 2
+    with pytest.raises(ValueError, match=r"encode: line 7: a text of 7 tokens, expected at most 6"):
+        encode(examples, tokenizer, 4, longest=6)
+    with pytest.raises(ValueError, match=r"encode: a/train\.csv line 7: a text of 7 tokens"):
+        encode(examples, tokenizer, 6, longest=6, file=Path("a/train.csv"))
 
 
 def test_tokenizer_is_called_once(

@@ -10,6 +10,21 @@ from dynabert.data.metrics import compute_metrics
 
 BINARY = TaskSpec("t", "classification", ("text",), ("no", "yes"), ("accuracy", "f1", "mcc"))
 THREE = TaskSpec("t", "classification", ("text",), ("a", "b", "c"), ("accuracy", "f1_macro", "mcc"))
+ENTITIES = TaskSpec(
+    *("t", "token-classification", ("tokens",), ("O", "B-X", "I-X")),
+    metrics=("f1", "precision", "recall"),
+    primary_metric="f1",
+)
+SPEECH = TaskSpec(
+    *("t", "token-classification", ("tokens",), ("DT", "NN")),
+    metrics=("accuracy", "f1_macro"),
+    primary_metric="accuracy",
+)
+ANSWERS = TaskSpec(
+    *("t", "question-answering", ("question", "context")),
+    metrics=("f1", "exact_match"),
+    primary_metric="f1",
+)
 SCORES = TaskSpec("t", "regression", ("text",), (), ("pearson", "spearman"))
 
 
@@ -28,6 +43,26 @@ def test_macro_f1_weighs_classes_alike() -> None:
     metrics = compute_metrics(THREE, [0, 0, 0, 1, 0], [0, 0, 0, 1, 2])
     assert metrics["accuracy"] == pytest.approx(0.8)
     assert metrics["f1_macro"] == pytest.approx((6 / 7 + 1 + 0) / 3)
+
+
+def test_tags_are_scored_as_entities_or_word_by_word() -> None:
+    found = compute_metrics(ENTITIES, [["B-X", "I-X"], ["B-X"]], [["B-X", "O"], ["B-X"]])
+    assert found == pytest.approx({"f1": 0.5, "precision": 0.5, "recall": 0.5})
+    found = compute_metrics(SPEECH, [["DT", "NN"], ["NN"]], [["DT", "DT"], ["NN"]])
+    assert found == pytest.approx({"accuracy": 2 / 3, "f1_macro": 2 / 3})
+
+
+def test_answers_are_scored_by_words() -> None:
+    found = compute_metrics(ANSWERS, ["in France", "Spain"], [["France"], ["Rome", "Spain"]])
+    assert list(found) == ["f1", "exact_match"]
+    assert found == pytest.approx({"f1": (2 / 3 + 1) / 2, "exact_match": 0.5})
+
+
+@pytest.mark.parametrize("spec", [ENTITIES, ANSWERS], ids=["entities", "answers"])
+def test_as_many_predictions_as_labels(spec: TaskSpec) -> None:
+    for predictions, labels in (([], []), ([["O"]], [["O"], ["O"]])):
+        with pytest.raises(ValueError, match="expected one prediction for each of at least one"):
+            compute_metrics(spec, predictions, labels)
 
 
 def test_logits_are_taken_by_their_maximum() -> None:

@@ -41,6 +41,18 @@ def test_fingerprint_tells_files_and_options_apart(sst2: Path) -> None:
     assert fingerprint() not in seen
 
 
+def test_examples_come_with_the_files_their_lines_are_of(sst2: Path) -> None:
+    data = load_task("sst2", sst2)
+    assert (data.train_file, data.validation_file) == (sst2 / "train.tsv", sst2 / "dev.tsv")
+    options: dict[str, Any] = {"text_column": "sentence"}
+    own = load_task("file", sst2, train_file="train.tsv", validation_file="dev.tsv", **options)
+    assert (own.train_file, own.validation_file) == (sst2 / "train.tsv", sst2 / "dev.tsv")
+    held_out = load_task("file", sst2, train_file="train.tsv", **options)
+    assert held_out.train_file == held_out.validation_file == sst2 / "train.tsv"
+    embedded = load_task("stdlib")
+    assert embedded.train_file is embedded.validation_file is None
+
+
 def test_labels_of_any_task_can_be_dropped(sst2: Path) -> None:
     data = load_task("sst2", sst2, problem="none")
     assert data.spec.problem == "none"
@@ -68,8 +80,8 @@ def test_bad_argument_is_refused(arguments: dict[str, Any], message: str) -> Non
         load_task(**arguments)
 
 
-def test_names_are_those_of_glue_and_two_more() -> None:
+def test_names_are_those_of_glue_and_three_more() -> None:
     assert set(TASK_NAMES) == {
         *("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "mnli-mm", "qnli", "rte", "wnli"),
-        *("stdlib", "file"),
+        *("squad", "stdlib", "file"),
     }

@@ -10,8 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import BertTokenizer
 
-from dynabert.data.examples import TaskSpec
+from dynabert.data.collators import DynamicPadCollator
+from dynabert.data.examples import Answer, Question, TaggedSentence, TaskSpec
+from dynabert.data.question_rows import encode_questions
+from dynabert.data.token_rows import encode_sentences
 from dynabert.evaluation import GridRow, evaluate_grid, grid_mean
 from dynabert.subnet import SubnetConfig, subnet_grid
 
@@ -79,6 +83,51 @@ def test_regression_scores_the_raw_output(rows: Rows, pad: Collate) -> None:
     got = evaluate_grid(LastToken(1), labelled, pad, SCORES, GRID, batch_size=7, progress=False)
     assert [row.primary for row in got] == pytest.approx([1.0] * len(GRID))
     assert set(got[0].metrics) == {"pearson", "spearman"}
+
+
+class KnowsTheWord(nn.Module):
+    """A stand-in that finds one word: as tag 1, and as start and end of the answer. Padding, and
+    tokens before the context, look better still."""
+
+    def __init__(self, word: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.word = word
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Any) -> Any:
+        hit = (input_ids == self.word) * self.weight
+        scores = hit + 2.0 * (input_ids == 2) + 3.0 * (attention_mask == 0)
+        return SimpleNamespace(
+            logits=torch.stack([0.5 - hit, hit], dim=-1), start_logits=scores, end_logits=scores
+        )
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_tags_and_answers_are_read_wherever_padding_is(side: str) -> None:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "c", "great"]
+    tokenizer = BertTokenizer(vocab={word: index for index, word in enumerate(words)})
+    tokenizer.padding_side = side
+    model, collator = KnowsTheWord(words.index("great")), DynamicPadCollator(tokenizer)
+
+    texts = ["a great b", "great", "a b c great great c", "a b"]
+    sentences = [
+        TaggedSentence(tuple(text.split()), tuple(int(w == "great") for w in text.split()))
+        for text in texts
+    ]
+    tags = TaskSpec("toy", "token-classification", ("t",), ("O", "B-X"), ("f1",), "f1")
+    rows = encode_sentences(sentences, tokenizer, 6)
+    (row,) = evaluate_grid(model, rows, collator, tags, GRID[:1], batch_size=3, progress=False)
+    assert (row.primary, row.num_rows) == (1.0, 4)
+
+    questions = [
+        Question(str(n), "c a", text, (Answer("great", text.index("great")),))
+        for n, text in enumerate(texts[:3])
+    ]
+    spec = TaskSpec("toy", "question-answering", ("q",), (), ("f1", "exact_match"), "f1")
+    asked = encode_questions(questions, tokenizer, 9)
+    (row,) = evaluate_grid(model, asked, collator, spec, GRID[:1], batch_size=2, progress=False)
+    assert len(asked) > 3
+    assert (row.metrics, row.num_rows) == ({"f1": 1.0, "exact_match": 1.0}, 3)
 
 
 def test_batches_go_from_long_to_short_once_per_subnet(rows: Rows, pad: Collate) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,15 @@ from transformers import BertTokenizer, PreTrainedTokenizerBase, TrainingArgumen
 
 from dynabert import DynaBertConfig, DynaBertForSequenceClassification, DynaBertModel
 from dynabert.data.collators import DynamicPadCollator, EncodedDataset, encode
-from dynabert.data.examples import Example, TaskData, TaskSpec
+from dynabert.data.examples import (
+    Answer,
+    AnyExample,
+    Example,
+    Question,
+    TaggedSentence,
+    TaskData,
+    TaskSpec,
+)
 
 SENTIMENT = TaskSpec(
     name="toy",
@@ -32,6 +40,21 @@ LENGTH = TaskSpec(
     primary_metric="spearman",
 )
 PLAIN = TaskSpec(name="toy-text", problem="none", text_fields=("text",))
+TAGS = TaskSpec(
+    name="toy-tags",
+    problem="token-classification",
+    text_fields=("tokens",),
+    label_names=("O", "B-BAD", "B-GOOD", "I-BAD", "I-GOOD"),
+    metrics=("f1", "precision", "recall"),
+    primary_metric="f1",
+)
+QUESTIONS = TaskSpec(
+    name="toy-questions",
+    problem="question-answering",
+    text_fields=("question", "context"),
+    metrics=("f1", "exact_match"),
+    primary_metric="f1",
+)
 _FILLERS = list("abcdefghijklmn")
 _TELLING = {0: "awful", 1: "great"}
 
@@ -107,16 +130,55 @@ def toy_examples(count: int, problem: str = "classification", seed: int = 0) -> 
     return examples
 
 
+def toy_sentences(count: int, seed: int = 0) -> list[TaggedSentence]:
+    """Sentences of 3 to 9 words, in which one telling word, or two of them, are an entity."""
+    generator = random.Random(seed)
+    sentences = []
+    for line in range(count):
+        words = generator.choices(_FILLERS, k=generator.randrange(2, 8))
+        tags = [0] * len(words)
+        label, length = generator.randrange(2), generator.randrange(1, 3)
+        where = generator.randrange(len(words) + 1)
+        words[where:where] = [_TELLING[label]] * length
+        tags[where:where] = [1 + label, 3 + label][:length]
+        sentences.append(TaggedSentence(tuple(words), tuple(tags), line))
+    return sentences
+
+
+def toy_questions(count: int, seed: int = 0) -> list[Question]:
+    """Contexts of 4 to 12 words; the answer is the telling word, and the question says nothing."""
+    generator = random.Random(seed)
+    questions = []
+    for number in range(count):
+        words = generator.choices(_FILLERS, k=generator.randrange(3, 12))
+        answer = _TELLING[generator.randrange(2)]
+        words.insert(generator.randrange(len(words) + 1), answer)
+        context = " ".join(words)
+        answers = (Answer(answer, context.index(answer)),)
+        questions.append(Question(f"q{number}", generator.choice(_FILLERS), context, answers))
+    return questions
+
+
+def toy_task(problem: str, count: int, seed: int) -> tuple[TaskSpec, Sequence[AnyExample]]:
+    """A learnable task and examples of it."""
+    if problem == "token-classification":
+        return TAGS, toy_sentences(count, seed)
+    if problem == "question-answering":
+        return QUESTIONS, toy_questions(count, seed)
+    spec = {"classification": SENTIMENT, "regression": LENGTH, "none": PLAIN}[problem]
+    return spec, toy_examples(count, problem, seed)
+
+
 @pytest.fixture
 def make_data() -> Callable[..., TaskData]:
     """``make_data(problem, train rows, validation rows)``: a learnable task."""
 
     def make(problem: str = "classification", num_train: int = 64, num_val: int = 32) -> TaskData:
-        spec = {"classification": SENTIMENT, "regression": LENGTH, "none": PLAIN}[problem]
+        spec, train = toy_task(problem, num_train, seed=1)
         return TaskData(
             spec=spec,
-            train=toy_examples(num_train, problem, seed=1),
-            validation=toy_examples(num_val, problem, seed=2),
+            train=train,
+            validation=toy_task(problem, num_val, seed=2)[1],
             source="made up",
             fingerprint=f"{problem}-{num_train}-{num_val}",
         )

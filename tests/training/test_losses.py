@@ -11,6 +11,7 @@ from dynabert.training.losses import (
     embedding_loss,
     hidden_state_loss,
     logit_loss,
+    prediction_loss,
     soft_cross_entropy,
 )
 
@@ -36,6 +37,51 @@ def test_regression_logits_pay_the_squared_difference() -> None:
     student, teacher = torch.tensor([[1.0], [4.0]]), torch.tensor([[3.0], [5.0]])
     assert logit_loss(student, teacher, "regression").item() == pytest.approx((4 + 1) / 2)
     assert logit_loss(student, teacher, "classification").item() == pytest.approx(0.0)
+
+
+def test_answers_pay_the_mean_over_starts_and_ends() -> None:
+    flat, three = torch.zeros(1, 2), torch.tensor([[LOG3, 0.0]])
+    teacher = {"start_logits": three, "end_logits": flat}
+    student = {"start_logits": flat, "end_logits": three}
+    end = 0.5 * (math.log(4) + math.log(4) - LOG3)
+    loss = prediction_loss(student, teacher, "question-answering")
+    assert loss.item() == pytest.approx((LOG2 + end) / 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_padding_adds_nothing_to_the_loss_of_answers(dtype: torch.dtype) -> None:
+    lowest = torch.finfo(dtype).min
+    names = ("start_logits", "end_logits")
+    short = torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, lowest]], dtype=dtype)
+    padded = torch.nn.functional.pad(short, (0, 4), value=lowest)
+    losses, gradients = [], []
+    for logits in (short, padded):
+        student = logits.clone().requires_grad_()
+        teacher = logits.flip(0) if logits is short else padded.flip(0)
+        teacher = teacher.clone().requires_grad_()
+        loss = prediction_loss(
+            dict.fromkeys(names, student), dict.fromkeys(names, teacher), "question-answering"
+        )
+        loss.backward()
+        assert student.grad is not None and teacher.grad is None
+        losses.append(loss)
+        gradients.append(student.grad)
+    assert losses[0].dtype == torch.float32 and losses[0].isfinite()
+    assert torch.equal(*losses)
+    assert torch.equal(gradients[0], gradients[1][:, :3])
+    assert not gradients[1][:, 3:].any()
+
+
+def test_prediction_loss_takes_the_mask_for_tokens_only() -> None:
+    teacher = {"logits": torch.tensor([[[LOG3, 0.0], [5.0, -5.0]]])}
+    student = {"logits": torch.tensor([[[0.0, 0.0], [-9.0, 9.0]]])}
+    mask = torch.tensor([[1, 0]])
+    loss = prediction_loss(student, teacher, "token-classification", mask)
+    assert loss.item() == pytest.approx(LOG2)
+    rows = {"logits": torch.tensor([[1.0], [4.0]])}, {"logits": torch.tensor([[3.0], [5.0]])}
+    assert prediction_loss(*rows, "regression", mask).item() == pytest.approx(5 / 2)
+    first = {"logits": student["logits"][:, 0]}, {"logits": teacher["logits"][:, 0]}
+    assert prediction_loss(*first, "classification", mask).item() == pytest.approx(LOG2)
 
 
 def test_hidden_states_are_averaged_over_real_tokens_and_summed_over_layers() -> None:

@@ -66,18 +66,19 @@ class ModelPlace:
         return self.path / "latency.json"
 
     def load_model(self) -> DynaBertPreTrainedModel:
-        """The model, in float32: a classifier if saved as one, else an encoder without pooler."""
+        """The model, in float32: with its head if it has one for a task, else an encoder without
+        pooler."""
         import torch
 
-        from dynabert import DynaBertForSequenceClassification, DynaBertModel
+        from dynabert import DynaBertModel
         from dynabert.configuration_dynabert import DynaBertConfig
+        from dynabert.training.problems import MODEL_CLASSES
 
         config = DynaBertConfig.from_pretrained(self.model_dir)
-        saved_as = (config.architectures or [""])[0]
-        if saved_as.endswith("ForSequenceClassification"):
-            return DynaBertForSequenceClassification.from_pretrained(
-                self.model_dir, dtype=torch.float32
-            )
+        _, _, head = (config.architectures or [""])[0].partition("For")
+        for kind in MODEL_CLASSES.values():
+            if head and kind.__name__.endswith(f"For{head}"):
+                return kind.from_pretrained(self.model_dir, dtype=torch.float32)
         return DynaBertModel.from_pretrained(
             self.model_dir, dtype=torch.float32, add_pooling_layer=False
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -12,7 +12,7 @@ from dynabert.cli._app import JsonFile, app, finish
 from dynabert.cli._place import ModelPlace
 
 if TYPE_CHECKING:
-    from dynabert.data.examples import TaskData
+    from dynabert.data.examples import Problem, TaskData
     from dynabert.evaluation import GridRow
     from dynabert.modeling_pretrained import DynaBertPreTrainedModel
     from dynabert.subnet import SubnetConfig
@@ -36,7 +36,7 @@ def evaluate(
     depths: options.Depths = None,
     batch_size: options.BatchSize = 64,
     max_length: Annotated[
-        int | None, typer.Option(help="Longest sequence in tokens; default: the run's, or 128.")
+        int | None, typer.Option(help="Longest sequence in tokens; default: as for train.")
     ] = None,
     device: Annotated[
         str | None, typer.Option(metavar="NAME", help="cpu or cuda; default: cuda if there is one.")
@@ -53,10 +53,10 @@ def evaluate(
     """
     import torch
 
-    from dynabert import DynaBertForSequenceClassification
     from dynabert.data.tasks import load_task
     from dynabert.latency import load_latency
     from dynabert.report import build_report, render_grid
+    from dynabert.training.problems import row_length
 
     where = ModelPlace.find(place)
     device = options.parse_device(device)
@@ -72,7 +72,6 @@ def evaluate(
         )
     model = where.load_model()
     config: Any = model.config
-    has_classes = isinstance(model, DynaBertForSequenceClassification) and config.num_labels > 1
     data = load_task(
         task,
         data_dir,
@@ -80,19 +79,19 @@ def evaluate(
         text_column=text_column,
         pair_column=pair_column,
         label_column=label_column or None,
-        problem="regression" if task == "file" and not has_classes else "auto",
+        problem=_problem_of_files(model) if task == "file" else "auto",
         label_names=[config.id2label[index] for index in range(config.num_labels)],
         from_hub=from_hub,
         with_train=False,
     )
     torch.nn.Module.to(model, device)
-    max_length = max_length or trained["arguments"].get("max_length", 128)
+    max_length = max_length or trained["arguments"].get("max_length")
     rows = _score(
         model,
         where,
         data,
         where.subnets(model, *grid),
-        max_length,
+        row_length(max_length, data.spec.problem, config),
         batch_size=batch_size,
         autocast_dtype=torch.bfloat16 if bf16 else None,
     )
@@ -106,6 +105,17 @@ def evaluate(
     finish(render_grid(report, "text"), report.to_json(), json_file)
 
 
+def _problem_of_files(model: DynaBertPreTrainedModel) -> Literal["auto"] | Problem:
+    """What own files have to hold for a model to be scored on them."""
+    from dynabert import DynaBertForSequenceClassification
+    from dynabert.training.problems import MODEL_CLASSES
+
+    if isinstance(model, DynaBertForSequenceClassification):
+        return "regression" if model.config.num_labels == 1 else "auto"
+    known = (problem for problem, kind in MODEL_CLASSES.items() if isinstance(model, kind))
+    return next(known, "regression")
+
+
 def _score(
     model: DynaBertPreTrainedModel,
     where: ModelPlace,
@@ -116,33 +126,37 @@ def _score(
 ) -> list[GridRow]:
     from transformers import AutoTokenizer
 
-    from dynabert import DynaBertForSequenceClassification
     from dynabert.data.collators import DynamicPadCollator, encode
     from dynabert.data.examples import Example
     from dynabert.evaluation import evaluate_grid
+    from dynabert.training.problems import MODEL_CLASSES, encode_examples
     from dynabert.training.task_agnostic import evaluate_similarity
 
     tokenizer = AutoTokenizer.from_pretrained(where.model_dir)
     collator = DynamicPadCollator(tokenizer)
-    if isinstance(model, DynaBertForSequenceClassification):
-        if model.config.num_labels != data.spec.num_labels:
+    spec = data.spec
+    if isinstance(model, tuple(MODEL_CLASSES.values())):
+        if not isinstance(model, MODEL_CLASSES.get(spec.problem, ())):
             raise ValueError(
-                f"--task: {data.spec.name} has {data.spec.num_labels} labels, expected "
+                f"--task: {spec.name} is {spec.problem}, expected a task for "
+                f"{type(model).__name__}. Was the model trained on this task?"
+            )
+        if model.config.num_labels != spec.num_labels:
+            raise ValueError(
+                f"--task: {spec.name} has {spec.num_labels} labels, expected "
                 f"{model.config.num_labels} as the model has. Was it trained on this task?"
             )
-        dataset = encode(data.validation, tokenizer, max_length)
-        return evaluate_grid(model, dataset, collator, data.spec, subnets, **how)
-    if data.spec.problem != "regression" or len(data.spec.text_fields) != 2:
+        dataset = encode_examples(data.validation, spec.problem, tokenizer, max_length)
+        return evaluate_grid(model, dataset, collator, spec, subnets, **how)
+    if spec.problem != "regression" or len(spec.text_fields) != 2:
         raise ValueError(
-            f"--task: {data.spec.name}, expected pairs with a score such as stsb. "
+            f"--task: {spec.name}, expected pairs with a score such as stsb. "
             "The model is an encoder without a classifier."
         )
+    pairs = [item for item in data.validation if isinstance(item, Example)]
     first, second = (
         encode([Example(text, None, None) for text in texts], tokenizer, max_length)
-        for texts in (
-            [example.text for example in data.validation],
-            [str(example.text_pair) for example in data.validation],
-        )
+        for texts in ([item.text for item in pairs], [str(item.text_pair) for item in pairs])
     )
-    scores = [float(example.label or 0.0) for example in data.validation]
+    scores = [float(item.label or 0.0) for item in pairs]
     return evaluate_similarity(model, first, second, scores, collator, subnets, **how)

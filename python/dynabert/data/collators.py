@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,10 +16,14 @@ from dynabert.data.examples import Example
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+LABEL_NAMES = frozenset({"labels", "start_positions", "end_positions"})
+"""What of a batch a model computes its own loss from."""
+IGNORED_LABEL = -100
+"""Label of a token that has none."""
+
 _log = logging.getLogger(__name__)
-_CHUNK_ROWS = (
-    10_000  # bounds the tokeniser's Python lists; its threads are busy from about 1,000 rows on
-)
+# Bounds the tokeniser's Python lists; its threads are busy from about 1,000 rows on.
+CHUNK_ROWS = 10_000
 
 
 class EncodedDataset(Dataset[dict[str, Any]]):
@@ -26,7 +31,7 @@ class EncodedDataset(Dataset[dict[str, Any]]):
 
     Row `i` is a dict of plain lists and numbers: ``input_ids``, ``token_type_ids`` where the
     tokeniser makes them, ``length`` (tokens), and ``labels`` where there are labels (int for a
-    class, float for a score).
+    class, float for a score, a list of ints where every token has one).
 
     Attributes:
         lengths: Tokens of each row, special tokens included.
@@ -39,12 +44,28 @@ class EncodedDataset(Dataset[dict[str, Any]]):
         labels: Sequence[int | float] | None,
         num_truncated: int = 0,
     ) -> None:
-        """Hold token lists by column name, alike in lengths, and one label per row or None."""
+        """Hold token lists by column name, alike in lengths, and one label per row or None.
+
+        Raises:
+            ValueError: The lists of a row differ in their lengths.
+        """
         self.lengths = [len(row) for row in columns["input_ids"]]
         self.num_truncated = num_truncated
         self._labels = labels
         self._offsets = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
         self._columns = {name: _flatten(rows, self.lengths) for name, rows in columns.items()}
+
+    @classmethod
+    def joined(cls, parts: Sequence["EncodedDataset"]) -> "EncodedDataset":
+        """The rows of several datasets with the same columns, one after the other, without their
+        labels."""
+        whole = cls({name: [] for name in parts[0]._columns}, None)
+        whole.lengths = [length for part in parts for length in part.lengths]
+        whole.num_truncated = sum(part.num_truncated for part in parts)
+        whole._offsets = np.concatenate([[0], np.cumsum(whole.lengths, dtype=np.int64)])
+        for name in whole._columns:
+            whole._columns[name] = np.concatenate([part._columns[name] for part in parts])
+        return whole
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -70,8 +91,27 @@ def _flatten(rows: Sequence[Sequence[int]], lengths: Sequence[int]) -> npt.NDArr
     return flat
 
 
+def require_offsets(who: str, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Refuse a tokeniser that does not know where in a text its tokens are from.
+
+    Raises:
+        ValueError: It is one of those written in Python; the message begins with `who`.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{who}: tokenizer={type(tokenizer).__name__}, expected a fast one, which knows where "
+            "its tokens are from. Save the model with a tokenizer.json."
+        )
+
+
 def encode(
-    examples: Sequence[Example], tokenizer: "PreTrainedTokenizerBase", max_length: int
+    examples: Sequence[Example],
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int,
+    *,
+    longest: int | None = None,
+    file: Path | None = None,
+    log_cuts: bool = True,
 ) -> EncodedDataset:
     """Tokenise examples once; the longer text of a pair is cut first. A log line counts the cuts.
 
@@ -79,10 +119,13 @@ def encode(
         examples: What to tokenise; all or none have a label.
         tokenizer: Any Hugging Face tokeniser.
         max_length: Longest row in tokens, special tokens included.
+        longest: Refuse a row that would have more tokens than this before it is cut; None: none.
+        file: Where the examples are from, for the message of that error.
+        log_cuts: False: no log line.
 
     Raises:
-        ValueError: No examples, `max_length` leaves no room for text, or only some rows have a
-            label or a pair.
+        ValueError: No examples, `max_length` leaves no room for text, only some rows have a label
+            or a pair, or a row has more than `longest` tokens; names file and line.
     """
     room = tokenizer.num_special_tokens_to_add(pair=True)
     if max_length <= room:
@@ -99,8 +142,8 @@ def encode(
 
     columns: dict[str, list[list[int]]] = {}
     num_truncated = 0
-    for start in range(0, len(examples), _CHUNK_ROWS):
-        chunk = examples[start : start + _CHUNK_ROWS]
+    for start in range(0, len(examples), CHUNK_ROWS):
+        chunk = examples[start : start + CHUNK_ROWS]
         encoded = _tokenise(chunk, tokenizer, truncation=True, max_length=max_length)
         for name, rows in encoded.items():
             columns.setdefault(name, []).extend(rows)
@@ -111,8 +154,17 @@ def encode(
         ]
         if full:
             uncut = _tokenise(full, tokenizer, truncation=False)
-            num_truncated += sum(len(row) > max_length for row in uncut["input_ids"])
-    if num_truncated:
+            lengths = [len(row) for row in uncut["input_ids"]]
+            num_truncated += sum(length > max_length for length in lengths)
+            for example, length in zip(full, lengths, strict=True):
+                if longest is not None and length > longest:
+                    place = "" if file is None else f"{file} "
+                    raise ValueError(
+                        f"encode: {place}line {example.line}: a text of {length} tokens, expected "
+                        f"at most {longest}, as the model can take. Shorten it, or cut long texts "
+                        "with long_texts='cut'."
+                    )
+    if num_truncated and log_cuts:
         _log.warning(
             "%d of %d rows were longer than %d tokens and were cut",
             num_truncated,
@@ -137,8 +189,9 @@ class DynamicPadCollator:
     """Pad the rows of a batch to the longest of them, on the tokeniser's padding side.
 
     Returns ``input_ids``, ``attention_mask`` and, where the rows have them, ``token_type_ids``, all
-    ``[batch_size, seq_len]`` int64; and ``labels`` ``[batch_size]``, int64 for classes, float32 for
-    scores, absent where the rows have none.
+    ``[batch_size, seq_len]`` int64. Where the rows have them, ``labels``: ``[batch_size]`` int64
+    for classes or float32 for scores, ``[batch_size, seq_len]`` int64 for tags, -100 at padding;
+    and ``start_positions`` and ``end_positions``, ``[batch_size]`` int64.
     """
 
     def __init__(
@@ -178,8 +231,16 @@ class DynamicPadCollator:
         batch["attention_mask"] = self._pad([[1] * length for length in lengths], seq_len, 0)
         if "labels" in rows[0]:
             labels = [row["labels"] for row in rows]
-            dtype = torch.float32 if isinstance(labels[0], float) else torch.int64
-            batch["labels"] = torch.tensor(labels, dtype=dtype)
+            if isinstance(labels[0], list):
+                batch["labels"] = self._pad(labels, seq_len, IGNORED_LABEL)
+            else:
+                dtype = torch.float32 if isinstance(labels[0], float) else torch.int64
+                batch["labels"] = torch.tensor(labels, dtype=dtype)
+        for name in ("start_positions", "end_positions"):
+            if name in rows[0]:
+                starts = [seq_len - length if self._left else 0 for length in lengths]
+                positions = [row[name] + start for row, start in zip(rows, starts, strict=True)]
+                batch[name] = torch.tensor(positions)
         return batch
 
     def _pad(self, rows: Sequence[Sequence[int]], seq_len: int, value: int) -> Tensor:

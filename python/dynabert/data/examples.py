@@ -5,9 +5,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
+from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
-Problem = Literal["classification", "regression", "none"]
+Problem = Literal[
+    "classification", "regression", "token-classification", "question-answering", "none"
+]
 _Item = TypeVar("_Item")
 
 
@@ -23,16 +26,44 @@ class Example(NamedTuple):
     line: int = 0
 
 
+class TaggedSentence(NamedTuple):
+    """A sentence as words, the index of each word's tag, and the line its first word is on."""
+
+    words: tuple[str, ...]
+    tags: tuple[int, ...]
+    line: int = 0
+
+
+class Answer(NamedTuple):
+    """An answer as it stands in the context, and the character it begins at."""
+
+    text: str
+    start: int
+
+
+class Question(NamedTuple):
+    """A question about a context, and the answers that people have marked in it, at least one."""
+
+    id: str
+    question: str
+    context: str
+    answers: tuple[Answer, ...]
+
+
+AnyExample = Example | TaggedSentence | Question
+
+
 @dataclass(frozen=True)
 class TaskSpec:
     """What a task asks for.
 
     Attributes:
         name: Name it is chosen by, for instance ``sst2``.
-        problem: ``classification``, ``regression``, or ``none`` where there are no labels.
+        problem: ``classification`` or ``regression`` of texts, ``token-classification``,
+            ``question-answering``, or ``none`` where there are no labels.
         text_fields: Names of the one or two text columns.
-        label_names: Names of the classes, in the order of their indices; empty unless
-            classification.
+        label_names: Names of the classes or tags, in the order of their indices; empty for other
+            problems.
         metrics: Names of the metrics `dynabert.data.metrics.compute_metrics` reports.
         primary_metric: The one that models are compared by; empty where there are no labels.
     """
@@ -46,8 +77,10 @@ class TaskSpec:
 
     @property
     def num_labels(self) -> int:
-        """Size of the model's output: the number of classes, 1 for a score, 0 without labels."""
-        return {"classification": len(self.label_names), "regression": 1, "none": 0}[self.problem]
+        """Size of the model's output: the number of classes or tags, 1 for a score, 2 for where an
+        answer starts and ends, 0 without labels."""
+        fixed: dict[Problem, int] = {"regression": 1, "question-answering": 2, "none": 0}
+        return fixed.get(self.problem, len(self.label_names))
 
 
 @dataclass(frozen=True)
@@ -56,17 +89,22 @@ class TaskData:
 
     Attributes:
         spec: What the task asks for.
-        train: Training examples; empty when only validation was asked for.
-        validation: Validation examples.
+        train: Training examples; empty when only validation was asked for. `TaggedSentence` for
+            token classification, `Question` for question answering, else `Example`.
+        validation: Validation examples, of the same kind.
         source: Where the examples come from, in words.
         fingerprint: SHA-256 over the files (or texts) and the options they were read with.
+        train_file: The file that the lines of training examples count in, where there is one.
+        validation_file: The same for validation examples.
     """
 
     spec: TaskSpec
-    train: list[Example]
-    validation: list[Example]
+    train: Sequence[AnyExample]
+    validation: Sequence[AnyExample]
     source: str
     fingerprint: str
+    train_file: Path | None = None
+    validation_file: Path | None = None
 
 
 def holdout_split(examples: Sequence[_Item], n: int, seed: int) -> tuple[list[_Item], list[_Item]]:
@@ -97,8 +135,8 @@ def holdout_split(examples: Sequence[_Item], n: int, seed: int) -> tuple[list[_I
 
 
 def subsample(
-    examples: Sequence[Example], n: int, seed: int, *, balanced: bool = False
-) -> list[Example]:
+    examples: Sequence[_Item], n: int, seed: int, *, balanced: bool = False
+) -> list[_Item]:
     """A seeded choice of `n` examples, in their former order; all of them where there are fewer.
 
     A larger `n` with the same seed contains every smaller one.
@@ -118,7 +156,7 @@ def subsample(
     if balanced:
         by_class: dict[int, list[int]] = defaultdict(list)
         for index in order:
-            label = examples[index].label
+            label = getattr(examples[index], "label", None)
             if not isinstance(label, int):
                 raise ValueError(
                     f"subsample: balanced=True with label {label}, expected classes. "

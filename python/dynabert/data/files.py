@@ -49,9 +49,9 @@ def read_rows(
     readers = {".tsv": _tsv_rows, ".csv": _csv_rows}
     suffix = path.suffix.lower()
     if suffix in (".jsonl", ".json"):
-        rows = _jsonl_rows(path, _read_text(path))
+        rows = _jsonl_rows(path, read_text(path))
     elif suffix in readers:
-        fields = readers[suffix](path, _read_text(path))
+        fields = readers[suffix](path, read_text(path))
         rows = _named_rows(path, fields, columns, skip_ragged)
     else:
         raise ValueError(
@@ -67,7 +67,11 @@ def read_rows(
 
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def row_error(path: Path, line: int, problem: str, advice: str) -> ValueError:
@@ -75,7 +79,13 @@ def row_error(path: Path, line: int, problem: str, advice: str) -> ValueError:
     return ValueError(f"read_rows: {path} line {line}: {problem}. {advice}")
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A whole file as text, without a byte order mark.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is not UTF-8; names file and line.
+    """
     if not path.is_file():
         raise FileNotFoundError(
             f"read_rows: path={path}, expected an existing file. Check the folder and the name."
@@ -93,16 +103,16 @@ def _read_text(path: Path) -> str:
         ) from None
 
 
-def _lines(text: str) -> Iterator[tuple[int, str]]:
-    """Numbered lines that are not empty. Only a newline ends one: text may hold U+2028."""
+def numbered_lines(text: str) -> Iterator[tuple[int, str]]:
+    """Lines and their numbers, from 1. Only a newline ends one: text may hold U+2028."""
     for number, line in enumerate(text.split("\n"), start=1):
-        if line := line.removesuffix("\r"):
-            yield number, line
+        yield number, line.removesuffix("\r")
 
 
 def _tsv_rows(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
-    for number, line in _lines(text):
-        yield number, line.split("\t")
+    for number, line in numbered_lines(text):
+        if line:
+            yield number, line.split("\t")
 
 
 def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
@@ -123,7 +133,7 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def _jsonl_rows(path: Path, text: str) -> Iterator[Row]:
-    for number, line in _lines(text):
+    for number, line in numbered_lines(text):
         if not line.strip():
             continue
         try:

@@ -1,13 +1,16 @@
-"""GLUE's official metrics, and the like for own files, as fractions."""
+"""The official metrics of GLUE, CoNLL and SQuAD, and the like for own files, as fractions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from dynabert.data.entities import entity_scores
 from dynabert.data.examples import TaskSpec
+from dynabert.data.squad import answer_scores
 
 _Array = npt.NDArray[Any]
 
@@ -20,8 +23,10 @@ def compute_metrics(spec: TaskSpec, predictions: Any, labels: Any) -> dict[str, 
     Args:
         spec: The task; names the metrics.
         predictions: Arrays or CPU tensors. Classification: classes ``[N]`` or logits ``[N,
-            num_labels]``; regression: scores ``[N]`` or ``[N, 1]``.
-        labels: Classes or scores, ``[N]``.
+            num_labels]``; regression: scores ``[N]`` or ``[N, 1]``. Token classification: for each
+            sentence the names of its words' tags. Question answering: texts.
+        labels: Classes or scores, ``[N]``; tags like those predicted; for each question its right
+            answers.
 
     Returns:
         The metrics by name, in the order of ``spec.metrics``; correlations from -1 to 1, the others
@@ -31,22 +36,54 @@ def compute_metrics(spec: TaskSpec, predictions: Any, labels: Any) -> dict[str, 
         ValueError: No rows, shapes that do not match, or predictions that are not finite.
         ModuleNotFoundError: scikit-learn is not installed.
     """
-    scores = np.asarray(predictions)
-    truth = np.asarray(labels)
     if spec.problem == "none":
         return {}
+    if spec.problem in ("token-classification", "question-answering"):
+        if not 0 < len(labels) == len(predictions):
+            raise _unmatched(len(predictions), len(labels))
+        return _text_metrics(spec, predictions, labels)
+    scores = np.asarray(predictions)
+    truth = np.asarray(labels)
     if scores.ndim == 2:
         scores = scores.argmax(axis=1) if spec.problem == "classification" else scores[:, 0]
     if truth.ndim != 1 or len(truth) == 0 or scores.shape != truth.shape:
-        raise ValueError(
-            f"compute_metrics: predictions {np.shape(predictions)} and labels {truth.shape}, "
-            "expected one prediction for each of at least one label. Check the rows."
-        )
+        raise _unmatched(np.shape(predictions), truth.shape)
+    require_finite(predictions)
+    return {name: _METRICS[name](truth, scores) for name in spec.metrics}
+
+
+def require_finite(predictions: Any) -> None:
+    """Refuse what a model predicts that has diverged.
+
+    Args:
+        predictions: Numbers, an array or a CPU tensor.
+
+    Raises:
+        ValueError: Some are NaN or infinite.
+    """
     if not np.isfinite(np.asarray(predictions)).all():
         raise ValueError(
             "compute_metrics: predictions hold NaN or infinity, expected finite numbers. "
             "The model has diverged; lower the learning rate."
         )
+
+
+def _unmatched(predictions: object, labels: object) -> ValueError:
+    return ValueError(
+        f"compute_metrics: predictions {predictions} and labels {labels}, "
+        "expected one prediction for each of at least one label. Check the rows."
+    )
+
+
+def _text_metrics(
+    spec: TaskSpec, predictions: Sequence[Any], labels: Sequence[Any]
+) -> dict[str, float]:
+    """Metrics of tags and answers, which are no numbers."""
+    if spec.problem == "question-answering":
+        return answer_scores(predictions, labels)
+    if spec.primary_metric == "f1":
+        return entity_scores(predictions, labels)
+    scores, truth = (np.array(list(chain.from_iterable(tags))) for tags in (predictions, labels))
     return {name: _METRICS[name](truth, scores) for name in spec.metrics}
 
 

@@ -1,4 +1,5 @@
-"""`load_task`: GLUE, the user's own files or the embedded task, read and checked row by row."""
+"""`load_task`: GLUE, SQuAD, the user's own files or the embedded task, read and checked row by
+row."""
 
 import hashlib
 import json
@@ -9,8 +10,10 @@ from typing import Any, Literal, get_args
 
 from dynabert.data.embedded import PACKAGES, Sentence, stdlib_sentences
 from dynabert.data.examples import (
+    AnyExample,
     Example,
     Problem,
+    Question,
     TaskData,
     TaskSpec,
     holdout_split,
@@ -18,6 +21,8 @@ from dynabert.data.examples import (
 )
 from dynabert.data.files import file_digest
 from dynabert.data.glue import GLUE_TASKS, download_glue, glue_files, read_glue_file
+from dynabert.data.squad import question_spec, read_squad_file, squad_files
+from dynabert.data.token_files import infer_tags, read_token_file, to_sentences
 from dynabert.data.user_files import Columns, infer_spec, read_user_file, to_examples
 
 __all__ = [
@@ -31,9 +36,11 @@ __all__ = [
     "subsample",
 ]
 
-TASK_NAMES = (*GLUE_TASKS, "stdlib", "file")
+TASK_NAMES = (*GLUE_TASKS, "squad", "stdlib", "file")
 _ALIASES = {"sst-2": "sst2", "sts-b": "stsb", "mnli-m": "mnli"}
 _HELD_OUT_SHARE = 0.1  # of a training file that comes without a validation file
+# The defaults of a file of texts; a file of tagged words has others.
+_TEXT_COLUMNS = (Columns.text, Columns.label)
 
 
 def load_task(
@@ -57,26 +64,28 @@ def load_task(
 
     Args:
         task: A GLUE task (``cola sst2 mrpc stsb qqp mnli mnli-mm qnli rte wnli``; ``mnli-mm``
-            validates on the mismatched rows), ``stdlib`` for the embedded task, or ``file`` for own
-            files.
-        data_dir: GLUE: the folder that holds the official folder (``SST-2``), or that folder
-            itself. Own files: the folder their names are relative to.
-        train_file: Own files: a CSV, TSV or JSONL file with a header or keys.
+            validates on the mismatched rows), ``squad`` for SQuAD v1.1, ``stdlib`` for the embedded
+            task, or ``file`` for own files.
+        data_dir: GLUE and SQuAD: the folder that holds the official folder (``SST-2``), or that
+            folder itself. Own files: the folder their names are relative to.
+        train_file: Own files: a CSV, TSV or JSONL file with a header or keys; for token
+            classification see `token_files.read_token_file`, for question answering a JSON file of
+            SQuAD's form.
         validation_file: Own files: likewise; None: a tenth of the training file, held out.
-        text_column: Own files: the column of the text.
+        text_column: Own files: the column of the text, or of the words.
         pair_column: Own files: the column of a second text; None: single texts.
-        label_column: Own files: the column of the label; None: there is none.
-        problem: Own files: ``classification``, ``regression``, or ``auto``: numbers that are not
-            all whole are scores, anything else names classes. ``none`` drops the labels of any
-            task.
-        label_names: Own files: the classes in order, for instance a trained model's; None: those of
-            the training file.
+        label_column: Own files: the column of the label, or of the tags; None: there is none.
+        problem: Own files: ``classification``, ``regression``, ``token-classification``,
+            ``question-answering``, or ``auto``: numbers that are not all whole are scores, anything
+            else names classes. ``none`` drops the labels of any task of texts.
+        label_names: Own files: the classes or tags in order, for instance a trained model's; None:
+            those of the training file.
         max_train_rows: Keep a seeded choice of this many training rows; None: all.
         balanced: Choose them with equally many of each class.
         seed: Chooses rows.
         from_hub: GLUE: fetch the rows with the `datasets` library where no `data_dir` is given.
         with_train: False reads only the validation rows; own files then need `label_names` for
-            classification.
+            classes and tags.
 
     Returns:
         The task and its examples.
@@ -100,7 +109,8 @@ def load_task(
         raise ValueError(
             f"load_task: max_train_rows={max_train_rows}, expected at least 1 or None for all."
         )
-    if name != "file" and (train_file or validation_file or problem not in ("auto", "none")):
+    allowed = ("auto",) if name == "squad" else ("auto", "none")
+    if name != "file" and (train_file or validation_file or problem not in allowed):
         raise ValueError(
             f"load_task: task={task!r} with train_file, validation_file or problem, "
             "expected none of them. They belong to task='file'."
@@ -122,6 +132,8 @@ def load_task(
             seed,
             with_train,
         )
+    elif name == "squad":
+        data = _load_squad(folder, with_train)
     else:
         data = _load_glue(name, folder, from_hub, with_train)
 
@@ -165,6 +177,7 @@ def _from_sentences(sentences: Iterable[Sentence]) -> list[Example]:
 def _load_glue(name: str, folder: Path | None, from_hub: bool, with_train: bool) -> TaskData:
     spec = GLUE_TASKS[name].spec(name)
     splits = ("train", "validation") if with_train else ("validation",)
+    files: dict[str, Path] = {}
     if folder is not None:
         files = glue_files(name, folder)
         rows = {split: read_glue_file(name, files[split]) for split in splits}
@@ -179,7 +192,30 @@ def _load_glue(name: str, folder: Path | None, from_hub: bool, with_train: bool)
             f"load_task: data_dir=None, expected the folder of {GLUE_TASKS[name].folder}. "
             "Give a data_dir, or from_hub=True to fetch the rows with `datasets`."
         )
-    return TaskData(spec, rows.get("train", []), rows["validation"], source, fingerprint)
+    return TaskData(
+        spec,
+        rows.get("train", []),
+        rows["validation"],
+        source,
+        fingerprint,
+        train_file=files.get("train"),
+        validation_file=files.get("validation"),
+    )
+
+
+def _load_squad(folder: Path | None, with_train: bool) -> TaskData:
+    if folder is None:
+        raise ValueError(
+            "load_task: data_dir=None, expected the folder of SQuAD's official files. "
+            "Give a data_dir."
+        )
+    files = squad_files(folder)
+    splits = ("train", "validation") if with_train else ("validation",)
+    questions = {split: read_squad_file(files[split]) for split in splits}
+    fingerprint = _fingerprint(*(file_digest(files[split]) for split in splits))
+    source = str(files["validation"].parent)
+    train, validation = questions.get("train", []), questions["validation"]
+    return TaskData(question_spec("squad"), train, validation, source, fingerprint)
 
 
 def _load_user_files(
@@ -198,31 +234,73 @@ def _load_user_files(
             f"load_task: {missing}=None with task='file', expected a path. Name the file."
         )
     used = [file for file in (train_file if with_train else None, validation_file) if file]
-    rows = {file: read_user_file(file, columns) for file in used}
-    if not (
-        with_train or label_names or problem in ("regression", "none") or columns.label is None
-    ):
+    knows_labels = problem in ("regression", "question-answering", "none") or columns.label is None
+    if not (with_train or label_names or knows_labels):
         raise ValueError(
             "load_task: label_names=None with with_train=False, expected the model's classes or "
             "problem='regression'. Validation rows do not tell the order of the classes."
         )
-    spec = infer_spec(rows[needed], columns, problem, label_names)
-    examples = {file: to_examples(rows[file], spec) for file in used}
+    spec, examples = _read_user_files(used, columns, problem, label_names)
     train = examples[needed] if with_train else []
     source = ", ".join(str(file) for file in used)
     if validation_file is not None:
         validation = examples[validation_file]
     else:
-        train, validation = holdout_split(train, max(1, round(len(train) * _HELD_OUT_SHARE)), seed)
+        train, validation = _hold_out(train, seed)
         source += f" ({len(validation)} rows held out for validation)"
     fingerprint = _fingerprint(*(file_digest(file) for file in used))
-    return TaskData(spec, train, validation, source, fingerprint)
+    return TaskData(
+        spec,
+        train,
+        validation,
+        source,
+        fingerprint,
+        train_file=train_file,
+        validation_file=validation_file or train_file,
+    )
+
+
+def _read_user_files(
+    files: Sequence[Path],
+    columns: Columns,
+    problem: Literal["auto"] | Problem,
+    label_names: Sequence[str] | None,
+) -> tuple[TaskSpec, dict[Path, Sequence[AnyExample]]]:
+    """The task that the first file asks for, and the examples of every file."""
+    if problem == "question-answering":
+        return question_spec("file"), {file: read_squad_file(file) for file in files}
+    if problem == "token-classification":
+        chosen = [None if name in _TEXT_COLUMNS else name for name in (columns.text, columns.label)]
+        sentences = {file: read_token_file(file, *chosen) for file in files}
+        spec = replace(infer_tags(sentences[files[0]], label_names), text_fields=(columns.text,))
+        return spec, {file: to_sentences(sentences[file], spec) for file in files}
+    rows = {file: read_user_file(file, columns) for file in files}
+    spec = infer_spec(rows[files[0]], columns, problem, label_names)
+    return spec, {file: to_examples(rows[file], spec) for file in files}
+
+
+def _hold_out(
+    examples: Sequence[AnyExample], seed: int
+) -> tuple[Sequence[AnyExample], Sequence[AnyExample]]:
+    """Training and validation examples; questions about the same context stay together."""
+    questions = [item for item in examples if isinstance(item, Question)]
+    contexts = list(dict.fromkeys(item.context for item in questions))
+    count = max(1, round(len(contexts or examples) * _HELD_OUT_SHARE))
+    if not questions:
+        return holdout_split(examples, count, seed)
+    held_out = set(holdout_split(contexts, count, seed)[1])
+    return (
+        [item for item in questions if item.context not in held_out],
+        [item for item in questions if item.context in held_out],
+    )
 
 
 def _without_labels(data: TaskData) -> TaskData:
     spec = replace(data.spec, problem="none", label_names=(), metrics=(), primary_metric="")
-    train = [example._replace(label=None) for example in data.train]
-    validation = [example._replace(label=None) for example in data.validation]
+    train, validation = (
+        [item._replace(label=None) for item in examples if isinstance(item, Example)]
+        for examples in (data.train, data.validation)
+    )
     return replace(data, spec=spec, train=train, validation=validation)
 
 

@@ -8,7 +8,7 @@ Letters: B sequences, S padded length, T real tokens, C hidden size, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -64,6 +64,39 @@ def logit_loss(
     if problem == "regression":
         return F.mse_loss(student_logits.float(), teacher_logits.detach().float())
     return soft_cross_entropy(student_logits, teacher_logits, token_mask)
+
+
+def prediction_loss(
+    student: Mapping[str, Tensor],
+    teacher: Mapping[str, Tensor],
+    problem: Problem,
+    token_mask: Tensor | None = None,
+) -> Tensor:
+    """What a student's predictions pay for differing from the teacher's, for any problem with a
+    head.
+
+    Classification and token classification: soft cross entropy. Regression: `logit_loss`. Question
+    answering: soft cross entropy over the positions of a sequence, of start and end, averaged;
+    padding, whose scores are the lowest there are, adds nothing.
+
+    Args:
+        student: ``logits`` ``[B, K]``, or ``[B, S, K]`` for token classification; for question
+            answering ``start_logits`` and ``end_logits``, ``[B, S]``.
+        teacher: The same of the teacher; no gradient flows into it.
+        problem: The kind of problem; not ``none``.
+        token_mask: ``[B, S]``, true at the tokens to average over; token classification only.
+
+    Returns:
+        Scalar, float32: a mean over sequences, or over the tokens of `token_mask`.
+    """
+    if problem == "question-answering":
+        start, end = (
+            soft_cross_entropy(student[name], teacher[name])
+            for name in ("start_logits", "end_logits")
+        )
+        return (start + end) / 2
+    mask = token_mask if problem == "token-classification" else None
+    return logit_loss(student["logits"], teacher["logits"], problem, mask)
 
 
 def hidden_state_loss(

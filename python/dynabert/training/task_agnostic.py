@@ -121,7 +121,7 @@ def embed(
         pooling: See `pool`.
         batch_size: Sequences per forward pass.
         autocast_dtype: Run under ``torch.autocast`` with this dtype.
-        progress: Show a progress bar, on stderr.
+        progress: Show a progress bar, on stderr, where that is a terminal.
 
     Returns:
         For each subnet ``[num_rows, hidden_size]``, float32 on the CPU, rows in the order of the
@@ -135,7 +135,12 @@ def embed(
         evaluation_mode(model),
         torch.no_grad(),
         torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None),
-        tqdm(total=len(rows) * len(subnets), desc="embed", unit="row", disable=not progress) as bar,
+        tqdm(
+            total=len(rows) * len(subnets),
+            desc="embed",
+            unit="row",
+            disable=not progress or None,
+        ) as bar,
     ):
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
