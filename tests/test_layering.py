@@ -21,7 +21,7 @@ CODE_FOLDERS = ("dynabert_kernels", "python", "csrc", "benchmarks", "tests")
 # Bottom to top. A name is a module or a package of `dynabert`; a module imports from its own row
 # and from earlier ones. The last row is a user of the library and may import its public names too.
 DYNABERT_FLOORS = (
-    ("subnet", "json_file"),
+    ("subnet", "durable", "json_file"),
     ("configuration_dynabert", "hf_checkpoint", "rewiring_record", "modeling_*"),
     ("importance", "rewiring", "extraction"),
     ("data",),

@@ -1,7 +1,7 @@
 """Read and write the JSON files of a run: whole or not at all, with a schema number.
 
 A file is written under a temporary name in the same folder and then renamed, so a reader never sees
-half of one.
+half of one, and what has been written outlives the process and the machine.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import os
 import uuid
 from pathlib import Path
 from typing import Any
+
+from dynabert.durable import staged_name, sync_folder
 
 
 def write_json(path: Path | str, document: dict[str, Any]) -> None:
@@ -29,13 +31,14 @@ def write_bytes(path: Path | str, content: bytes) -> None:
     """Write `content` to `path`, replacing what was there only once all of it is on disk."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    temporary = staged_name(path.with_name(f"{path.name}.{uuid.uuid4().hex}"))
     try:
         with temporary.open("xb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
+        sync_folder(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -47,15 +47,15 @@ class DynaBertTrainer(ResumableTrainer):
     """Trains the subnets of one `Stage` together: one optimiser step for the sum of their losses.
 
     All subnets of a step run in one forward and one backward pass, and so do their teachers. Where
-    memory is short they run in groups, the full network in the last; under DistributedDataParallel
-    only that last pass exchanges gradients, which is exact and needs no ``find_unused_parameters``.
+    memory is short they run in groups, the full network in the last; with several processes
+    (DistributedDataParallel or FSDP2) only that last pass exchanges gradients, which is exact and
+    needs no ``find_unused_parameters``.
 
-    Gradient accumulation, and DistributedDataParallel with ``average_tokens_across_devices``, give
-    the step of one large batch: every batch is weighed by its share of the sequences, and in hidden
+    Gradient accumulation, and several processes with ``average_tokens_across_devices``, give the
+    step of one large batch: every batch is weighed by its share of the sequences, and in hidden
     states of the real tokens.
 
-    The log has the mean loss of every subnet as ``loss_<subnet>`` (of this process) beside their
-    sum, ``loss``. A loss that is not finite stops training before the optimiser step. `evaluate`
+    The log has the mean loss of every subnet as ``loss_<subnet>`` beside their sum, ``loss``. A loss that is not finite stops training before the optimiser step. `evaluate`
     reports ``eval_grid_mean`` and ``eval_<subnet>_<metric>``.
 
     Args:
@@ -124,6 +124,8 @@ class DynaBertTrainer(ResumableTrainer):
                 "Start with torchrun, or set CUDA_VISIBLE_DEVICES."
             )
         self._plan = SubnetPlan(stage, model.subnet_shape, args.seed)
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False
         super().__init__(
             model=model,
             args=args,
