@@ -25,7 +25,7 @@ _USER_ERRORS = (
     StrictDataclassError,
 )
 
-_VERBS = ("demo", "train", "evaluate", "latency", "pick", "doctor")
+_VERBS = ("demo", "augment", "train", "evaluate", "latency", "pick", "doctor")
 
 
 class _Group(TyperGroup):
