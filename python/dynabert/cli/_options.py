@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,33 +14,45 @@ from dynabert.subnet import SubnetConfig
 if TYPE_CHECKING:
     import torch
 
+# Sections in the help of ``dynabert train``; the other verbs have one list.
+DATA, METHOD = "Data", "Method"
+
+
+def _data(help_text: str, *names: str, **details: Any) -> Any:
+    return typer.Option(*names, help=help_text, rich_help_panel=DATA, **details)
+
+
 Place = Annotated[
     Path, typer.Argument(metavar="RUN", help="Folder of a training run, or of a model.")
 ]
-Task = Annotated[str, typer.Option(metavar="NAME", help=f"One of {', '.join(TASK_NAMES)}.")]
+Task = Annotated[str, _data(f"One of {', '.join(TASK_NAMES)}.", metavar="NAME")]
 DataDir = Annotated[
     Path | None,
-    typer.Option(help="Folder of GLUE's official files, or the one own files are relative to."),
+    _data("Folder of GLUE's or SQuAD's official files, or the one own files are relative to."),
 ]
 TrainFile = Annotated[
-    Path | None, typer.Option(help="Own files: a CSV, TSV or JSONL file to train on.")
+    Path | None, _data("Own files: a CSV, TSV, JSONL, CoNLL or SQuAD file to train on.")
 ]
 ValidationFile = Annotated[
-    Path | None, typer.Option(help="Own files: one to validate on; default: held-out rows.")
+    Path | None, _data("Own files: one to validate on; default: held-out rows.")
 ]
-TextColumn = Annotated[str, typer.Option(help="Own files: column of the text.")]
-PairColumn = Annotated[str | None, typer.Option(help="Own files: column of a second text.")]
+TextColumn = Annotated[str, _data("Own files: column of the text; of words, a number or a key.")]
+PairColumn = Annotated[str | None, _data("Own files: column of a second text.")]
 LabelColumn = Annotated[
-    str, typer.Option(help="Own files: column of the label; '' where there is none.")
+    str, _data("Own files: column of the label or tag; '' where there is none.")
 ]
-FromHub = Annotated[
-    bool, typer.Option("--from-hub", help="Fetch GLUE through `datasets` if no --data-dir.")
-]
+FromHub = Annotated[bool, _data("Fetch GLUE through `datasets` if no --data-dir.", "--from-hub")]
 Widths = Annotated[
-    str | None, typer.Option(metavar="LIST", help="Widths of the grid, for instance 1,0.75,1/2.")
+    str | None,
+    typer.Option(
+        metavar="LIST", help="Widths of the grid, for instance 1,0.75,1/2.", rich_help_panel=METHOD
+    ),
 ]
 Depths = Annotated[
-    str | None, typer.Option(metavar="LIST", help="Depths of the grid, for instance 1,2/3,1/2.")
+    str | None,
+    typer.Option(
+        metavar="LIST", help="Depths of the grid, for instance 1,2/3,1/2.", rich_help_panel=METHOD
+    ),
 ]
 BatchSize = Annotated[int, typer.Option(help="Sequences per forward pass.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens per sequence.")]

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dynabert.cli import _options as options
+from dynabert.cli import _train_options as train_options
 from dynabert.cli._app import JsonFile, app, finish
-from dynabert.training.arguments import LABEL_FREE_STAGES, STAGE_NAMES, RunArguments
+from dynabert.durable import is_leftover, remove_folder
+from dynabert.training.allocator import reuse_freed_memory
+from dynabert.training.arguments import RunArguments
 
 if TYPE_CHECKING:
     from dynabert.data.examples import TaskData
     from dynabert.training.stages import RunResult
 
 
-@app.command()
+@app.command(cls=train_options.TrainCommand)
 def train(
+    ctx: typer.Context,
     model: Annotated[
-        str, typer.Option(metavar="M", help="A BERT, RoBERTa or DynaBERT folder, run or hub id.")
+        str,
+        train_options.option(
+            options.DATA, "A BERT, RoBERTa or DynaBERT folder, run or hub id.", metavar="M"
+        ),
     ],
     task: options.Task,
     output_dir: Annotated[
-        Path, typer.Option(metavar="RUN", help="Folder of the run; an unfinished one goes on.")
+        Path,
+        train_options.option(
+            train_options.RUNNING, "Folder of the run; an unfinished one goes on.", metavar="RUN"
+        ),
     ],
     data_dir: options.DataDir = None,
     train_file: options.TrainFile = None,
@@ -32,92 +41,55 @@ def train(
     text_column: options.TextColumn = "text",
     pair_column: options.PairColumn = None,
     label_column: options.LabelColumn = "label",
-    problem: Annotated[
-        str,
-        typer.Option(
-            metavar="KIND",
-            help="Own files: classification, regression or auto. Any task: none, to train a "
-            "sentence encoder without its labels.",
-        ),
-    ] = "auto",
+    problem: train_options.ProblemKind = "auto",
     from_hub: options.FromHub = False,
-    max_train_rows: Annotated[
-        int | None, typer.Option(help="Train on a seeded choice of this many rows.")
-    ] = None,
-    balanced: Annotated[
-        bool, typer.Option("--balanced", help="Choose them with equally many of each class.")
-    ] = False,
-    stages: Annotated[
-        str, typer.Option(metavar="LIST", help="Which of the stages to run, in their order.")
-    ] = ",".join(STAGE_NAMES),
+    max_train_rows: train_options.MaxTrainRows = None,
+    balanced: train_options.Balanced = False,
+    augmented_file: train_options.AugmentedFile = None,
+    max_length: train_options.MaxLength = None,
+    long_texts: train_options.LongTexts = None,
+    preset: train_options.Preset = "paper",
+    stages: train_options.Stages = None,
     widths: options.Widths = None,
     depths: options.Depths = None,
-    epochs: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N", help="Of every stage, or by stage: teacher=2,width=2. Default 3."
-        ),
-    ] = None,
-    learning_rate: Annotated[
-        float, typer.Option(help="Highest learning rate; it falls linearly to zero.")
-    ] = RunArguments.learning_rate,
-    warmup_ratio: Annotated[
-        float, typer.Option(help="Share of a stage's steps in which the learning rate rises.")
-    ] = RunArguments.warmup_ratio,
-    weight_decay: Annotated[
-        float, typer.Option(help="Of AdamW; never applied to biases and LayerNorm.")
-    ] = RunArguments.weight_decay,
-    batch_size: options.BatchSize = RunArguments.batch_size,
-    gradient_accumulation_steps: Annotated[
-        int, typer.Option(help="Batches per optimiser step.")
-    ] = RunArguments.gradient_accumulation_steps,
-    max_length: Annotated[
-        int, typer.Option(help="Longest sequence in tokens; longer ones are cut.")
-    ] = RunArguments.max_length,
-    lambda_logit: Annotated[
-        str | None,
-        typer.Option(metavar="W", help="Weight of the logits, or by stage: width=1,width-depth=1."),
-    ] = None,
-    lambda_hidden: Annotated[
-        str | None,
-        typer.Option(
-            metavar="W", help="Weight of the hidden states. Default width=0.1,width-depth=1."
-        ),
-    ] = None,
-    width_teacher: Annotated[
-        str,
-        typer.Option(
-            metavar="WHICH",
-            help="Teacher of the width-depth stage: same-width (the paper) or full (its code).",
-        ),
-    ] = RunArguments.width_depth_teacher,
-    subnets_per_step: Annotated[
-        str, typer.Option(metavar="HOW", help="all, sandwich or sampled.")
-    ] = RunArguments.subnet_sampling,
-    importance_rows: Annotated[
-        int, typer.Option(help="Rows to score heads and neurons on, beside the training rows.")
-    ] = RunArguments.importance_rows,
-    importance_source: Annotated[
-        str, typer.Option(metavar="WHERE", help="holdout, or dev as in the paper.")
-    ] = RunArguments.importance_source,
-    importance_rule: Annotated[
-        str, typer.Option(metavar="RULE", help="paper, or reference as in the original code.")
-    ] = RunArguments.importance_rule,
-    pooling: Annotated[
-        str, typer.Option(metavar="HOW", help="Without labels: mean or cls.")
-    ] = RunArguments.pooling,
-    seed: Annotated[
-        int, typer.Option(help="Chooses rows, new heads, order and dropout.")
-    ] = RunArguments.seed,
-    bf16: Annotated[
-        bool | None,
-        typer.Option(help="Compute in bfloat16 autocast; default: where the hardware has it."),
-    ] = None,
-    use_cpu: Annotated[bool, typer.Option("--cpu", help="Stay on the CPU.")] = False,
+    subnet_sampling: train_options.SubnetSampling = None,
+    num_sampled: train_options.NumSampled = None,
+    lambda_logit: train_options.LambdaLogit = None,
+    lambda_hidden: train_options.LambdaHidden = None,
+    rewire: train_options.Rewire = None,
+    importance_rows: train_options.ImportanceRows = None,
+    distillation: train_options.Distillation = None,
+    pooling: train_options.Pooling = None,
+    eval_steps: train_options.EvalSteps = None,
+    epochs: train_options.Epochs = None,
+    learning_rate: train_options.LearningRate = None,
+    warmup_ratio: train_options.WarmupRatio = None,
+    weight_decay: train_options.WeightDecay = None,
+    max_grad_norm: train_options.MaxGradNorm = None,
+    batch_size: train_options.BatchSize = None,
+    gradient_accumulation_steps: train_options.Accumulation = None,
+    group_by_length: train_options.GroupByLength = None,
+    seed: train_options.Seed = None,
+    bf16: train_options.Bf16 = None,
+    width_depth_teacher: train_options.WidthDepthTeacher = None,
+    depth_rule: train_options.DepthRule = None,
+    importance_source: train_options.ImportanceSource = None,
+    importance_rule: train_options.ImportanceRule = None,
+    importance_batch_size: train_options.ImportanceBatchSize = None,
+    hidden_padding: train_options.HiddenPadding = None,
+    regression_logits: train_options.RegressionLogits = None,
+    selection_metric: train_options.SelectionMetric = None,
+    use_cpu: train_options.UseCpu = None,
     threads: options.Threads = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Remove the run that RUN holds and start anew.")
-    ] = False,
+    activation_gib: train_options.ActivationGib = None,
+    num_workers: train_options.NumWorkers = None,
+    eval_batch_size: train_options.EvalBatchSize = None,
+    logging_steps: train_options.LoggingSteps = None,
+    save_steps: train_options.SaveSteps = None,
+    report_to: train_options.ReportTo = None,
+    run_name: train_options.RunName = None,
+    progress: train_options.Progress = None,
+    overwrite: train_options.Overwrite = False,
     json_file: JsonFile = None,
 ) -> None:
     """Fine-tune, rewire by importance and train every subnet; then score the whole grid.
@@ -127,29 +99,7 @@ def train(
     from dynabert.data.tasks import load_task
     from dynabert.report import render_grid
 
-    values: dict[str, Any] = {
-        "stages": tuple(stage.strip() for stage in stages.split(",")),
-        "widths": options.parse_fractions("--widths", widths),
-        "depths": options.parse_fractions("--depths", depths),
-        "seed": seed,
-        "batch_size": batch_size,
-        "gradient_accumulation_steps": gradient_accumulation_steps,
-        "max_length": max_length,
-        "learning_rate": learning_rate,
-        "weight_decay": weight_decay,
-        "warmup_ratio": warmup_ratio,
-        "width_depth_teacher": width_teacher,
-        "subnet_sampling": subnets_per_step,
-        "importance_source": importance_source,
-        "importance_rows": importance_rows,
-        "importance_rule": importance_rule,
-        "pooling": pooling,
-        "bf16": bf16,
-        "use_cpu": use_cpu,
-        **_epochs(epochs),
-        **_weights(lambda_logit, lambda_hidden),
-    }
-    run = RunArguments(output_dir, **values)
+    run = train_options.run_arguments(ctx.params)
     check_folder(output_dir, overwrite)
     data = load_task(
         task,
@@ -162,10 +112,11 @@ def train(
         problem=problem,  # type: ignore[arg-type]
         max_train_rows=None if max_train_rows is None else rows_to_load(max_train_rows, run),
         balanced=balanced,
-        seed=seed,
+        seed=run.seed,
         from_hub=from_hub,
     )
     set_threads(threads)
+    reuse_freed_memory()
     result = start_run(model, data, run, overwrite=overwrite)
     text = f"{render_grid(result.report, 'text')}\nThe model is in {result.model_dir}."
     document = {"model_dir": str(result.model_dir), "grid": result.report.to_json()}
@@ -197,14 +148,14 @@ def start_run(model: str, data: TaskData, run: RunArguments, *, overwrite: bool)
             f"--model: {model!r}, expected a folder with model and tokeniser, or an id on the hub "
             f"that can be reached. ({reason})"
         ) from error
-    if run.max_length > config.max_seq_len:
+    if run.max_length is not None and run.max_length > config.max_seq_len:
         raise ValueError(
             f"--max-length: {run.max_length}, expected at most {config.max_seq_len}. "
             "The model has no more positions."
         )
     default_stages(run, config)  # refuses a grid that does not fit, before anything is removed
     if overwrite and run.output_dir.exists():
-        shutil.rmtree(run.output_dir)
+        remove_folder(run.output_dir)
     return run_stages(name, data, tokenizer, run)
 
 
@@ -216,7 +167,9 @@ def check_folder(folder: Path, overwrite: bool) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output-dir: {folder} is a file, expected a folder. Use another name.")
-    if folder.exists() and any(folder.iterdir()) and not (folder / "run.json").exists():
+    if (folder / "run.json").exists() or not folder.exists():
+        return
+    if not all(is_leftover(path) for path in folder.iterdir()):
         raise ValueError(
             f"--output-dir: {folder} holds files but no run.json, expected a run or nothing. "
             f"{'Only a run is removed. ' if overwrite else ''}Use another folder."
@@ -245,20 +198,5 @@ def rows_to_load(train_rows: int, run: RunArguments) -> int:
     """
     if run.importance_source != "holdout" or train_rows < 1:
         return train_rows
-    return train_rows + min(run.importance_rows, max(1, train_rows // 9))
-
-
-def _epochs(text: str | None) -> dict[str, float]:
-    by_stage = options.parse_by_stage("--epochs", text, STAGE_NAMES)
-    return {f"{stage.replace('-', '_')}_epochs": number for stage, number in by_stage.items()}
-
-
-def _weights(logit: str | None, hidden: str | None) -> dict[str, tuple[float, float]]:
-    logits = options.parse_by_stage("--lambda-logit", logit, LABEL_FREE_STAGES)
-    hiddens = options.parse_by_stage("--lambda-hidden", hidden, LABEL_FREE_STAGES)
-    weights = {}
-    for stage in LABEL_FREE_STAGES:
-        name = f"{stage.replace('-', '_')}_weights"
-        default = getattr(RunArguments, name)
-        weights[name] = (logits.get(stage, default[0]), hiddens.get(stage, default[1]))
-    return weights
+    most = max(1, train_rows // 9)
+    return train_rows + min(run.importance_rows or most, most)

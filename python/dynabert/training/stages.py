@@ -2,8 +2,8 @@
 before it.
 
 Stages are data (`default_stages`), the loop over them is one (`run_stages`). A run is resumable by
-stage and by step: a finished stage is marked by its ``stage.json``, written last; an interrupted
-one goes on from its newest whole checkpoint.
+stage and by step: a finished stage has a ``stage.json``; an interrupted one goes on from its newest
+whole checkpoint.
 """
 
 from __future__ import annotations
@@ -18,29 +18,33 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 from dynabert.configuration_dynabert import DynaBertConfig
-from dynabert.data.collators import DynamicPadCollator, EncodedDataset, encode
-from dynabert.data.examples import TaskData, TaskSpec, holdout_split
-from dynabert.evaluation import GridRow, evaluate_grid
+from dynabert.data.examples import TaskData, TaskSpec
+from dynabert.durable import staged_folder
+from dynabert.evaluation import GridRow
 from dynabert.importance import compute_importance
 from dynabert.json_file import read_json, write_bytes, write_json
-from dynabert.modeling_dynabert import DynaBertModel
-from dynabert.modeling_heads import DynaBertForSequenceClassification
-from dynabert.modeling_pretrained import DynaBertPreTrainedModel
 from dynabert.report import GridReport, build_report, render_grid
 from dynabert.rewiring import rewire
 from dynabert.rewiring_record import FILE_NAME as REWIRING_FILE
 from dynabert.subnet import SubnetConfig, default_depths, default_widths, subnet_grid
-from dynabert.training.arguments import FULL, LABEL_FREE_STAGES, RunArguments, Stage
-from dynabert.training.checkpoint import CheckpointCallback, newest_complete_checkpoint
-from dynabert.training.run_folder import RunFolder, save_model
-from dynabert.training.task_agnostic import FIDELITY, contrastive_loss, embed, evaluate_fidelity
+from dynabert.training.arguments import (
+    FULL,
+    LABEL_FREE_STAGES,
+    RunArguments,
+    Stage,
+    TeacherKind,
+)
+from dynabert.training.problems import PreparedTask
+from dynabert.training.reporting import check_integrations, stage_reports
+from dynabert.training.resumable_trainer import SaveEvery
+from dynabert.training.run_folder import RunFolder
 from dynabert.training.trainer import DynaBertTrainer
 
 _log = logging.getLogger(__name__)
@@ -67,7 +71,8 @@ def default_stages(
 
     ``teacher``: the full network, from labels. ``width``: every width at full depth, from the full
     network the stage starts from. ``width-depth``: the whole grid, each from the equally wide
-    subnet of full depth. ``final``: the subnets of the stage before it, from labels.
+    subnet of full depth. ``final``: the subnets of the stage before it, from labels. Without
+    distillation every stage learns from labels.
 
     Args:
         run: Which stages, grid, epochs and weights.
@@ -77,8 +82,8 @@ def default_stages(
             stage learns from the full network.
 
     Raises:
-        ValueError: A subnet is not a whole number of heads or layers, or the grid lacks the full
-            network.
+        ValueError: A subnet is not a whole number of heads or layers, or the grid has several
+            subnets and not the full network.
     """
     widths = run.widths or default_widths(config.num_attention_heads)
     depths = run.depths or default_depths(config.num_hidden_layers)
@@ -89,29 +94,30 @@ def default_stages(
             num_hidden_layers=config.num_hidden_layers,
             num_attention_heads=config.num_attention_heads,
             intermediate_size=config.intermediate_size,
-            depth_rule=config.depth_rule,
+            depth_rule=run.depth_rule or config.depth_rule,
         )
     knows_widths = is_rewired or "width" in run.stages
     trained = by_width if "width" in run.stages and "width-depth" not in run.stages else grid
-    width_depth_teacher = run.width_depth_teacher if knows_widths else "full"
-    stages = {
-        "teacher": Stage("teacher", (FULL,), num_epochs=run.teacher_epochs),
-        "width": Stage("width", by_width, "full", *run.width_weights, run.width_epochs),
-        "width-depth": Stage(
-            "width-depth",
-            grid,
-            width_depth_teacher,
-            *run.width_depth_weights,
-            run.width_depth_epochs,
-        ),
-        "final": Stage("final", trained, num_epochs=run.final_epochs),
-    }
+    subnets = {"teacher": (FULL,), "width": by_width, "width-depth": grid, "final": trained}
+    teachers: dict[str, TeacherKind] = {}
+    if run.distillation:
+        teachers["width"] = "full"
+        teachers["width-depth"] = run.width_depth_teacher if knows_widths else "full"
+    weights = {"width": run.width_weights, "width-depth": run.width_depth_weights}
+    without = (Stage.logit_weight, Stage.hidden_weight)
     return [
-        replace(
-            stages[name],
-            learning_rate=run.learning_rate,
+        Stage(
+            name,
+            subnets[name],
+            teachers.get(name),
+            logit_weight=weights.get(name, without)[0],
+            hidden_weight=weights.get(name, without)[1],
+            num_epochs=run.epochs_of(name),
+            learning_rate=run.learning_rate_of(name),
             subnet_sampling=run.subnet_sampling,
             num_sampled=run.num_sampled,
+            hidden_padding=run.hidden_padding,
+            regression_logits=run.regression_logits,
         )
         for name in run.stages
     ]
@@ -126,12 +132,13 @@ def run_stages(
     """Train a model through its stages and score every trained subnet; go on where a former call
     was interrupted.
 
-    Writes ``run.output_dir``; docs/training.md says what it holds. The first stage with several
-    subnets begins by rewiring, unless the model has been rewired before.
+    Writes ``run.output_dir``; docs/training.md says what it holds. The first stage with a narrow
+    subnet begins by rewiring, unless the model has been rewired before.
 
     Args:
         model_path: A BERT, RoBERTa or DynaBERT checkpoint: a folder or a hub id. Without a teacher
-            stage it must have been fine-tuned on this task.
+            stage it must have been fine-tuned on this task, if there is anything to rewire or to
+            distil.
         data: The task. Without labels (`problem` ``none``) a sentence encoder is trained, on hidden
             states and pooled output.
         tokenizer: The model's tokeniser.
@@ -166,12 +173,11 @@ class _Run:
         run: RunArguments,
     ) -> None:
         self._check_stages(data.spec, run)
+        check_integrations(run.report_to)
         self._model_path = model_path
         self._data = data
         self._tokenizer = tokenizer
         self._run = run
-        self._spec = data.spec
-        self._has_labels = data.spec.problem != "none"
         self._stages = default_stages(
             run,
             DynaBertConfig.from_pretrained(model_path),
@@ -179,14 +185,8 @@ class _Run:
         )
         self._folder = RunFolder(run.output_dir)
         self._autocast_dtype = torch.bfloat16 if self._uses_bf16 else None
-        self._collator = DynamicPadCollator(tokenizer)
-        train, held_out = data.train, data.validation[: run.importance_rows]
-        if run.importance_source == "holdout":
-            count = min(run.importance_rows, max(1, len(train) // 10))
-            train, held_out = holdout_split(train, count, run.seed)
-        self._importance_rows = self._encode(held_out)
-        self._train_rows = self._encode(train)
-        self._validation_rows = self._encode(data.validation)
+        self._task = PreparedTask(model_path, data, tokenizer, run)
+        self._metric = _selection_metric(run, self._task.report_spec)
 
     @staticmethod
     def _check_stages(spec: TaskSpec, run: RunArguments) -> None:
@@ -197,16 +197,28 @@ class _Run:
                 f"labels, expected only {' or '.join(LABEL_FREE_STAGES)}. Leave out "
                 f"{' and '.join(needs_labels)}."
             )
-
-    def _encode(self, examples: Sequence[Any]) -> EncodedDataset:
-        return encode(examples, self._tokenizer, self._run.max_length)
+        if spec.problem == "none" and not run.distillation:
+            raise ValueError(
+                f"run_stages: distillation=False on task {spec.name}, which has no labels, "
+                "expected True. There is only the teacher to learn from."
+            )
+        if spec.problem == "question-answering" and run.hidden_padding:
+            raise ValueError(
+                f"run_stages: hidden_padding=True on task {spec.name}, expected False. Padding "
+                "would be scored as an answer; the original code has no question answering."
+            )
+        if run.augmented_file is not None and not run.distillation:
+            raise ValueError(
+                f"run_stages: augmented_file={str(run.augmented_file)!r} with distillation=False, "
+                "expected None. Its rows have no labels, only a teacher can tell what to learn."
+            )
 
     @cached_property
     def _uses_bf16(self) -> bool:
         return bf16_pays(self._run.use_cpu) if self._run.bf16 is None else self._run.bf16
 
     def execute(self) -> RunResult:
-        self._folder.begin(self._run, self._data, self._model_path)
+        self._folder.begin(self._run, self._data, self._model_path, bf16=self._uses_bf16)
         source = self._model_path
         trained = False
         for stage in self._stages:
@@ -236,25 +248,32 @@ class _Run:
         start = perf_counter()
         args = self._training_arguments(stage)
         with args.main_process_first(local=False, desc="rewiring"):
+            if args.process_index == 0:
+                self._folder.recover(stage.name)
             student_path, rewiring = self._start(stage, source, args.device)
         set_seed(self._run.seed)
-        student = self._load(student_path, fresh_head=stage.name == "teacher")
-        teacher = self._load(source) if stage.teacher is not None else None
+        # What was scored for rewiring, or is a teacher, must have learned its task.
+        fresh_head = stage.teacher is None and student_path == self._model_path
+        student = self._task.load(student_path, fresh_head=fresh_head)
+        teacher = self._task.load(source) if stage.teacher is not None else None
         trainer = DynaBertTrainer(
             student,
             args,
             stage=stage,
-            problem=self._spec.problem,
-            train_dataset=self._train_rows,
-            data_collator=self._collator,
+            problem=self._data.spec.problem,
+            train_dataset=self._task.train_rows if teacher is None else self._task.taught_rows,
+            data_collator=self._task.train_collator,
             teacher=teacher,
-            evaluator=lambda model: self._evaluate(model, stage.subnets, self._autocast_dtype),
+            evaluator=lambda model: self._scores(model, stage.subnets),
             pooling=self._run.pooling,
             group_by_length=self._run.group_by_length,
-            callbacks=[CheckpointCallback(self._run.save_steps)],
+            activation_budget=int(self._run.activation_gib * 2**30),
+            callbacks=[
+                SaveEvery(self._run.save_steps),
+                *stage_reports(self._run.report_to, self._folder.log_dir(stage.name)),
+            ],
         )
-        checkpoint = newest_complete_checkpoint(self._folder.checkpoint_dir(stage.name))
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.train(resume_from_checkpoint=True)
         if not trainer.is_world_process_zero():
             return
         log = trainer.state.log_history
@@ -270,30 +289,36 @@ class _Run:
                 "rewiring": rewiring,
                 "metrics": _best(log, trainer.state.best_global_step),
                 "steps": trainer.state.global_step,
-                "resumed_from": checkpoint.name if checkpoint else None,
+                "resumed_from": trainer.resumed_from.name if trainer.resumed_from else None,
                 "seconds": perf_counter() - start,
                 "log": log,
             },
         )
 
+    def _scores(self, model: nn.Module, subnets: Sequence[SubnetConfig]) -> list[GridRow]:
+        """Scores during a stage, by the metric its best model is chosen by."""
+        rows = self._task.evaluate(model, subnets, self._autocast_dtype)
+        return [replace(row, primary=row.metrics[self._metric]) for row in rows]
+
     def _start(
         self, stage: Stage, source: str, device: torch.device
     ) -> tuple[str, dict[str, Any] | None]:
         """The model a stage starts from, and what rewiring it did to the probed subnets."""
-        if len(stage.subnets) == 1 or _is_rewired(source):
+        narrow = any(subnet.width_mult < 1 for subnet in stage.subnets)
+        if not self._run.rewire or not narrow or _is_rewired(source):
             return source, None
         folder = self._folder.start_dir(stage.name)
         record = folder / "probe.json"
         if not record.exists():
             _log.info("rewiring %s by importance", self._name(source))
-            model = self._load(source)
+            model = self._task.load(source)
             _move(model, device)
             probed = self._probe_subnets()
             scores = {"before": self._probe(model, probed)}
             importance = compute_importance(
                 model,
                 self._importance_batches(),
-                loss=None if self._has_labels else contrastive_loss(pooling=self._run.pooling),
+                loss=self._task.importance_loss,
                 rule=self._run.importance_rule,
                 progress=self._run.progress,
             )
@@ -305,104 +330,46 @@ class _Run:
                     "fingerprint": self._data.fingerprint,
                     "rows": self._run.importance_source,
                     "seed": self._run.seed,
-                    "batch_size": self._run.batch_size,
+                    "batch_size": self._importance_batch_size,
                 },
             )
             scores["after"] = self._probe(model, probed)
-            save_model(folder, model)
-            write_json(record, {"schema": _SCHEMA, **scores})
+            with staged_folder(folder) as staged:
+                model.save_pretrained(staged)
+                write_json(staged / record.name, {"schema": _SCHEMA, **scores})
         document = read_json(record, schema=_SCHEMA)
         return str(folder), {name: document[name] for name in ("before", "after")}
 
     def _probe_subnets(self) -> tuple[SubnetConfig, ...]:
         if self._run.probe_subnets is not None:
             return self._run.probe_subnets
-        subnets = {subnet for stage in self._stages for subnet in stage.subnets}
-        return (min((s for s in subnets if s.depth_mult == 1), key=lambda s: s.width_mult),)
+        narrow = {s for stage in self._stages for s in stage.subnets if s.width_mult < 1}
+        return (min(narrow, key=lambda s: (-s.depth_mult, s.width_mult)),)
 
     def _probe(self, model: nn.Module, subnets: Sequence[SubnetConfig]) -> dict[str, Any]:
         if not subnets:
             return {}
-        return {row.subnet.name: dict(row.metrics) for row in self._evaluate(model, subnets)}
+        return {row.subnet.name: dict(row.metrics) for row in self._task.evaluate(model, subnets)}
+
+    @property
+    def _importance_batch_size(self) -> int:
+        batch_size = self._run.importance_batch_size or self._run.batch_size
+        return min(batch_size, len(self._task.importance_rows))
 
     def _importance_batches(self) -> DataLoader[Any]:
-        rows = self._importance_rows
-        batch_size = min(self._run.batch_size, len(rows))
         return DataLoader(
-            rows,
-            batch_size=batch_size,
-            shuffle=True,
+            self._task.importance_rows,
+            batch_size=self._importance_batch_size,
+            # The original code reads its rows in order, and with its rule the order matters.
+            shuffle=self._run.importance_rule != "reference",
             generator=torch.Generator().manual_seed(self._run.seed),
-            collate_fn=self._collator,
-            drop_last=not self._has_labels,  # one sentence alone has nothing to be told from
+            collate_fn=self._task.collator,
+            drop_last=not self._task.has_labels,  # one sentence alone has nothing to be told from
         )
-
-    def _evaluate(
-        self,
-        model: nn.Module,
-        subnets: Sequence[SubnetConfig],
-        autocast_dtype: torch.dtype | None = None,
-    ) -> list[GridRow]:
-        options: dict[str, Any] = {
-            "batch_size": self._run.eval_batch_size,
-            "autocast_dtype": autocast_dtype,
-            "progress": self._run.progress,
-        }
-        if self._has_labels:
-            return evaluate_grid(
-                model, self._validation_rows, self._collator, self._spec, subnets, **options
-            )
-        return evaluate_fidelity(
-            model,
-            self._target,
-            self._validation_rows,
-            self._collator,
-            subnets,
-            pooling=self._run.pooling,
-            **options,
-        )
-
-    @cached_property
-    def _target(self) -> Tensor:
-        """What a run without labels aims at: the validation rows as the model it starts from embeds
-        them."""
-        (target,) = embed(
-            self._load(self._model_path),
-            self._validation_rows,
-            self._collator,
-            [FULL],
-            pooling=self._run.pooling,
-            batch_size=self._run.eval_batch_size,
-            progress=self._run.progress,
-        )
-        return target
-
-    def _load(self, path: str, *, fresh_head: bool = False) -> DynaBertPreTrainedModel:
-        if not self._has_labels:
-            # The pooler would get no gradient, and is not what a sentence is embedded with.
-            return DynaBertModel.from_pretrained(path, add_pooling_layer=False, dtype=torch.float32)
-        labels = dict(enumerate(self._spec.label_names))
-        names = {"id2label": labels, "label2id": {v: k for k, v in labels.items()}}
-        is_regression = self._spec.problem == "regression"
-        loaded: Any = DynaBertForSequenceClassification.from_pretrained(
-            path,
-            problem_type="regression" if is_regression else "single_label_classification",
-            dtype=torch.float32,
-            output_loading_info=True,
-            ignore_mismatched_sizes=fresh_head,
-            **({"num_labels": 1} if is_regression else names),
-        )
-        model, info = loaded
-        if info["missing_keys"] and not fresh_head:
-            raise ValueError(
-                f"run_stages: model={path!r} has no {', '.join(sorted(info['missing_keys']))}, "
-                f"expected a model fine-tuned on {self._spec.name}. Begin with the teacher stage."
-            )
-        assert isinstance(model, DynaBertPreTrainedModel)
-        return model
 
     def _training_arguments(self, stage: Stage) -> TrainingArguments:
         run = self._run
+        evaluated = "epoch" if run.eval_steps is None else "steps"
         return TrainingArguments(
             output_dir=str(self._folder.checkpoint_dir(stage.name)),
             num_train_epochs=stage.num_epochs,
@@ -418,8 +385,11 @@ class _Run:
             # Without a GPU, TrainingArguments takes bf16 only when told so.
             use_cpu=run.use_cpu or not torch.cuda.is_available(),
             seed=run.seed,
-            eval_strategy="epoch",
-            save_strategy="epoch",
+            eval_strategy=evaluated,
+            eval_steps=run.eval_steps,
+            # The best model can be loaded again only if there is a checkpoint of each evaluation.
+            save_strategy=evaluated,
+            save_steps=run.eval_steps or run.save_steps,
             save_total_limit=2,
             load_best_model_at_end=True,
             metric_for_best_model="eval_grid_mean",
@@ -429,23 +399,24 @@ class _Run:
             logging_nan_inf_filter=False,
             dataloader_num_workers=run.num_workers,
             disable_tqdm=not run.progress,
-            report_to="none",
+            report_to="none",  # `stage_reports` makes the callbacks
+            run_name=f"{run.run_name or run.output_dir.resolve().name}-{stage.name}",
         )
 
     def _publish(self, source: str) -> RunResult:
         """Save the last stage's model as the run's result, and its grid."""
         args = self._training_arguments(self._stages[-1])
-        spec = self._spec
-        if not self._has_labels:
-            spec = replace(spec, metrics=(FIDELITY,), primary_metric=FIDELITY)
         with args.main_process_first(local=False, desc="grid"):
             if args.process_index == 0:
-                model = self._load(source)
-                save_model(self._folder.model_dir, model, self._tokenizer)
+                model = self._task.load(source)
+                with staged_folder(self._folder.model_dir) as staged:
+                    model.save_pretrained(staged)
+                    self._tokenizer.save_pretrained(staged)
                 _move(model, args.device)
-                rows = self._evaluate(model, self._stages[-1].subnets)
-                report = build_report(model, rows, spec)
+                rows = self._task.evaluate(model, self._stages[-1].subnets)
+                report = build_report(model, rows, self._task.report_spec)
                 write_bytes(self._folder.grid_markdown, render_grid(report).encode())
+                self._folder.remove_leftovers()
                 report.save(self._folder.grid_json)
         return RunResult(self._folder.model_dir, GridReport.load(self._folder.grid_json))
 
@@ -465,6 +436,23 @@ def _no_foreign_bars() -> Iterator[None]:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
+
+
+def _selection_metric(run: RunArguments, spec: TaskSpec) -> str:
+    """The metric of a task whose mean over the grid tells the best model of a stage.
+
+    Raises:
+        ValueError: The task has no such metric.
+    """
+    if run.selection_metric == "reference":
+        return "pearson" if "pearson" in spec.metrics else spec.primary_metric
+    metric = run.selection_metric or spec.primary_metric
+    if metric not in spec.metrics:
+        raise ValueError(
+            f"run_stages: selection_metric={metric!r}, expected one of {', '.join(spec.metrics)}, "
+            f"the metrics of {spec.name}."
+        )
+    return metric
 
 
 def bf16_pays(use_cpu: bool = False) -> bool:
