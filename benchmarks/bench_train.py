@@ -38,6 +38,7 @@ from dynabert.data.collators import DynamicPadCollator, encode
 from dynabert.data.tasks import load_task
 from dynabert.latency_table import hardware_name
 from dynabert.subnet import default_depths, default_widths
+from dynabert.training.allocator import reuse_freed_memory
 from dynabert.training.arguments import Stage
 from dynabert.training.losses import hidden_state_loss, soft_cross_entropy
 from dynabert.training.row_order import RowOrder
@@ -153,16 +154,20 @@ class Loop(Peer):
         return losses
 
 
-def make_peers(stage: Stage, names: list[str]) -> dict[str, Peer]:
-    """The peers, each with the same weights."""
-    path = str(find_minilm())
+def load_minilm() -> DynaBertForSequenceClassification:
+    """The model of the benchmark, with a head fixed by a seed."""
+    torch.manual_seed(0)
+    return DynaBertForSequenceClassification.from_pretrained(
+        str(find_minilm()), num_labels=2, dtype=torch.float32
+    )
 
-    def load() -> DynaBertForSequenceClassification:
-        torch.manual_seed(0)
-        return DynaBertForSequenceClassification.from_pretrained(
-            path, num_labels=2, dtype=torch.float32
-        )
 
+def make_peers(
+    stage: Stage,
+    names: list[str],
+    load: Callable[[], DynaBertForSequenceClassification] = load_minilm,
+) -> dict[str, Peer]:
+    """The peers; `load` gives each the same weights."""
     model = load()
     planned = SubnetPlan(stage, model.subnet_shape, seed=0).at(0)
     shapes = {item.teacher: model.subnet_shape(item.teacher) for item in planned}
@@ -197,7 +202,7 @@ def check_agreement(peers: dict[str, Peer], inputs: Inputs) -> None:
     """Losses and the norm of the gradient agree without dropout, in float32.
 
     Raises:
-        ValueError: They do not; the peers would not be doing the same work.
+        AssertionError: They do not; the peers would not be doing the same work.
     """
     found: dict[str, list[float]] = {}
     for name, peer in peers.items():
@@ -249,11 +254,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batches", type=int, default=30)
     parser.add_argument("--stages", default="width,width-depth")
+    parser.add_argument(
+        "--reuse-memory", action="store_true", help="as dynabert train sets the C library's malloc"
+    )
     parser.add_argument("--orders", default="shuffled,grouped")
     parser.add_argument("--peers", default="loop,loop-compiled,ours")
     parser.add_argument("--out", type=Path, help="JSON lines are appended here")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    reused = options.reuse_memory and reuse_freed_memory()
     rows = []
     cases = [
         (stage, order)
@@ -293,6 +302,7 @@ def main() -> None:
                     "mean_tokens": sum(int(b["attention_mask"].sum()) for b in data) / len(data),
                     "mean_padded": sum(b["attention_mask"].numel() for b in data) / len(data),
                     "threads": options.threads,
+                    "reuses_memory": reused,
                     "machine": {
                         **describe_machine("cpu"),
                         "hardware": hardware_name(torch.device("cpu")),
