@@ -5,7 +5,8 @@
 
 Everything after ``--`` goes to ``dynabert train``, which runs twice: to its end into W/whole, and
 into W/killed, where its processes get SIGKILL at random instants of its running time, spread evenly
-over what the first run took. Then the weights of every stage are compared.
+over what the first run took, or over ``--within`` seconds. Then the weights of every stage are
+compared.
 
 Started again, the script goes on where it was; a row says how often each run was started. The row
 names no folder, so it says nothing of the machine but its hardware and versions.
@@ -46,18 +47,32 @@ class KilledRun:
         arguments: What to call ``dynabert train`` with, all but the output folder.
         num_kills: How many kills to spread over the second run.
         seed: Chooses their instants.
+        within: Seconds of the second run that they are spread over; None: as many as the first
+            took. On a busy machine the second may take less.
 
     Raises:
         ValueError: The folder holds another command, or the arguments name an output folder.
     """
 
-    def __init__(self, work_dir: Path, arguments: Sequence[str], num_kills: int, seed: int) -> None:
+    def __init__(
+        self,
+        work_dir: Path,
+        arguments: Sequence[str],
+        num_kills: int,
+        seed: int,
+        within: float | None = None,
+    ) -> None:
         if any(name.startswith(("--output-dir", "--overwrite")) for name in arguments):
             raise ValueError(
                 "kill_run: the arguments after -- hold --output-dir or --overwrite, expected "
                 "neither. Name the folder of both runs with --work-dir."
             )
-        asked = {"arguments": list(arguments), "num_kills": num_kills, "seed": seed}
+        asked = {
+            "arguments": list(arguments),
+            "num_kills": num_kills,
+            "seed": seed,
+            "within": within,
+        }
         self._work_dir = work_dir
         self._state_file = work_dir / "state.json"
         self._arguments = arguments
@@ -71,7 +86,7 @@ class KilledRun:
         }
         if self._state_file.exists():
             self.state = read_json(self._state_file, schema=_SCHEMA)
-            if {name: self.state[name] for name in asked} != asked:
+            if {name: self.state.get(name) for name in asked} != asked:
                 raise ValueError(
                     f"kill_run: --work-dir: {str(work_dir)!r} holds other arguments, kills or "
                     "seed, expected the same, to go on. Use another folder."
@@ -85,7 +100,7 @@ class KilledRun:
         """
         self._start("whole", None)
         generator = random.Random(self.state["seed"])
-        last = self.state["whole"]["seconds"]
+        last = self.state["within"] or self.state["whole"]["seconds"]
         instants = sorted(generator.uniform(0, last) for _ in range(self.state["num_kills"]))
         kills = self.state["killed"]["kills"]
         for instant in instants[len(kills) :]:
@@ -156,6 +171,7 @@ class KilledRun:
             "compared": list(differences),
             "differences": {name: found for name, found in differences.items() if found},
             "seed": self.state["seed"],
+            "within": self.state["within"],
             "kills": killed["kills"],
             "starts": killed["starts"],
             "seconds": killed["seconds"],
@@ -217,11 +233,14 @@ def main() -> None:
     parser.add_argument("--work-dir", type=Path, required=True)
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--within", type=float, metavar="SECONDS")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("arguments", nargs="+", metavar="-- ARGUMENTS")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, _stop)
-    run = KilledRun(options.work_dir, options.arguments, options.kills, options.seed)
+    run = KilledRun(
+        options.work_dir, options.arguments, options.kills, options.seed, options.within
+    )
     if run.state["is_recorded"]:
         raise SystemExit(f"kill_run: {options.work_dir} is finished and recorded.")
     run.execute()

@@ -15,6 +15,7 @@ from dynabert import DynaBertForSequenceClassification, subnet_grid
 from dynabert.data.collators import DynamicPadCollator, encode
 from dynabert.training import DynaBertTrainer, Stage
 from dynabert.training.checkpoint import newest_complete_checkpoint
+from dynabert.training.processes import leave_processes
 from dynabert.training.resumable_trainer import SaveEvery
 from tests.training.conftest import tiny_config, toy_examples
 from tests.training.killed_runs import digest
@@ -74,10 +75,7 @@ def _train(rank: int, port: int, folder: Path, tokenizer_dir: Path, killed_at: i
     if trainer.is_world_process_zero():
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         torch.save((str(trainer.resumed_from), losses), folder / "outcome.pt")
-    torch.distributed.barrier()
-    # Without teardown: torch can deadlock there, the destructor of the reducer waiting, with the
-    # interpreter lock held, for a gloo thread that wants the lock.
-    os._exit(0)
+    leave_processes()
 
 
 def train(port: int, folder: Path, tokenizer_dir: Path, killed_at: int = -1) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import re
 from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
@@ -400,6 +400,29 @@ def test_teacher_and_stage_have_to_agree(
         build(Stage("final", (FULL, SubnetConfig(0.3))), None, "classification")
 
 
+@pytest.mark.parametrize(
+    ("stage", "asleep"),
+    [
+        (Stage("final", (SubnetConfig(0.5, 0.5),)), r"\.layer\.0\."),
+        (grid_stage(logit_weight=0.0), r"pooler|classifier"),
+        (grid_stage(), "nothing"),
+    ],
+    ids=["shallow", "states-only", "grid"],
+)
+def test_parameters_no_loss_reaches_are_frozen_while_training(
+    stage: Stage, asleep: str, make_trainer: Any
+) -> None:
+    trainer = make_trainer(stage, weight_decay=0.1)
+    before = {name: parameter.clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.train()
+    held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    for name, parameter in trainer.model.named_parameters():
+        sleeps = re.search(asleep, name) is not None
+        assert (id(parameter) in held) is not sleeps, name
+        assert torch.equal(parameter, before[name]) is sleeps, name
+        assert parameter.requires_grad
+
+
 def test_rows_of_like_length_share_a_batch() -> None:
     lengths = [(7 * i) % 29 + 3 for i in range(103)]
     epochs = [
@@ -420,64 +443,3 @@ def test_rows_of_like_length_share_a_batch() -> None:
 def test_rows_are_only_shuffled_without_grouping() -> None:
     order = list(RowOrder([5] * 50, 8, seed=4, epoch=lambda: 0, group_by_length=False))
     assert sorted(order) == list(range(50)) and order != sorted(order)
-
-
-def _ddp_worker(rank: int, port: int, folder: str, all_done: Any) -> None:
-    """Gradients of one step of two processes, each with half of a ragged batch."""
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE="2",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        GLOO_SOCKET_IFNAME="lo",
-    )
-    torch.set_num_threads(1)
-    inputs = torch.load(f"{folder}/inputs.pt", weights_only=True)
-    student = DynaBertForSequenceClassification.from_pretrained(f"{folder}/student")
-    teacher = DynaBertForSequenceClassification.from_pretrained(f"{folder}/teacher")
-    args = TrainingArguments(
-        output_dir=f"{folder}/out",
-        use_cpu=True,
-        report_to="none",
-        disable_tqdm=True,
-        save_strategy="no",
-        ddp_find_unused_parameters=False,
-    )
-    trainer = DynaBertTrainer(
-        student,
-        args,
-        stage=grid_stage(),
-        problem="classification",
-        train_dataset=[],  # type: ignore[arg-type]
-        data_collator=lambda rows: {},
-        teacher=teacher,
-    )
-    wrapped = trainer.accelerator.prepare(student)
-    assert isinstance(wrapped, torch.nn.parallel.DistributedDataParallel)
-    batch = {name: value[rank::2] for name, value in inputs.items()}
-    trainer.get_batch_samples(iter([batch]), 1, args.device)
-    trainer.training_step(wrapped, batch)
-    gradients = {n: p.grad for n, p in student.named_parameters()}
-    torch.save(gradients, f"{folder}/gradients-{rank}.pt")
-    all_done.wait(timeout=120)
-    # Without teardown: torch can deadlock there, the destructor of the reducer waiting, with the
-    # interpreter lock held, for a gloo thread that wants the lock.
-    os._exit(0)
-
-
-@pytest.mark.slow
-def test_two_processes_take_the_step_of_one(
-    make_trainer: Any, make_model: MakeModel, make_batches: Any, tmp_path: Any, free_port: int
-) -> None:
-    (batch,) = make_batches((12,))
-    expected = run_step(make_trainer(grid_stage()), [batch])
-    torch.save(batch, tmp_path / "inputs.pt")
-    make_model(seed=1).save_pretrained(tmp_path / "student")
-    make_model(seed=2).save_pretrained(tmp_path / "teacher")
-    all_done = torch.multiprocessing.get_context("spawn").Barrier(2)
-    torch.multiprocessing.spawn(_ddp_worker, (free_port, str(tmp_path), all_done), nprocs=2)
-    for rank in range(2):
-        gradients = torch.load(tmp_path / f"gradients-{rank}.pt", weights_only=True)
-        for name, gradient in expected.items():
-            torch.testing.assert_close(gradients[name], gradient, msg=name, rtol=1e-4, atol=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -98,9 +99,19 @@ def train(
     """
     from dynabert.data.tasks import load_task
     from dynabert.report import render_grid
+    from dynabert.training.processes import (
+        from_first,
+        is_first,
+        join_processes,
+        leave_processes,
+    )
 
     run = train_options.run_arguments(ctx.params)
-    check_folder(output_dir, overwrite)
+    join_processes(run.use_cpu)
+    ctx.call_on_close(leave_processes)
+    if not is_first():
+        logging.getLogger("dynabert").setLevel(logging.ERROR)
+    from_first(lambda: check_folder(output_dir, overwrite))
     data = load_task(
         task,
         data_dir,
@@ -120,7 +131,8 @@ def train(
     result = start_run(model, data, run, overwrite=overwrite)
     text = f"{render_grid(result.report, 'text')}\nThe model is in {result.model_dir}."
     document = {"model_dir": str(result.model_dir), "grid": result.report.to_json()}
-    finish(text, document, json_file)
+    if is_first():
+        finish(text, document, json_file)
 
 
 def start_run(model: str, data: TaskData, run: RunArguments, *, overwrite: bool) -> RunResult:
@@ -133,6 +145,7 @@ def start_run(model: str, data: TaskData, run: RunArguments, *, overwrite: bool)
     from transformers import AutoTokenizer
 
     from dynabert.configuration_dynabert import DynaBertConfig
+    from dynabert.training.processes import is_first
     from dynabert.training.stages import default_stages, run_stages
 
     path = Path(model)
@@ -154,7 +167,8 @@ def start_run(model: str, data: TaskData, run: RunArguments, *, overwrite: bool)
             "The model has no more positions."
         )
     default_stages(run, config)  # refuses a grid that does not fit, before anything is removed
-    if overwrite and run.output_dir.exists():
+    # The other processes do not look at the folder before `run_stages` has in the first.
+    if overwrite and is_first() and run.output_dir.exists():
         remove_folder(run.output_dir)
     return run_stages(name, data, tokenizer, run)
 

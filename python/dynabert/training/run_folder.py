@@ -149,12 +149,14 @@ class RunFolder:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         record: dict[str, Any],
+        weights: dict[str, Any] | None = None,
     ) -> None:
-        """Put a stage's model and its record in the place of what an unfinished stage needs."""
+        """Put a stage's model, or its `weights`, and its record in the place of what an unfinished
+        stage needs."""
         # Of an earlier stage: a grid that is there is that of the last finished stage.
         self.grid_json.unlink(missing_ok=True)
         with staged_folder(self.stage_dir(stage)) as folder:
-            model.save_pretrained(folder)
+            model.save_pretrained(folder, state_dict=weights)
             tokenizer.save_pretrained(folder)
             write_json(folder / "stage.json", {"schema": _SCHEMA, "done": True, **record})
 

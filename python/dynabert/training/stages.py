@@ -12,13 +12,14 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
@@ -30,6 +31,7 @@ from dynabert.durable import staged_folder
 from dynabert.evaluation import GridRow
 from dynabert.importance import compute_importance
 from dynabert.json_file import read_json, write_bytes, write_json
+from dynabert.modeling_pretrained import DynaBertPreTrainedModel
 from dynabert.report import GridReport, build_report, render_grid
 from dynabert.rewiring import rewire
 from dynabert.rewiring_record import FILE_NAME as REWIRING_FILE
@@ -42,9 +44,11 @@ from dynabert.training.arguments import (
     TeacherKind,
 )
 from dynabert.training.problems import PreparedTask
+from dynabert.training.processes import from_first, is_first, join_processes, shared_out
 from dynabert.training.reporting import check_integrations, stage_reports
 from dynabert.training.resumable_trainer import SaveEvery
 from dynabert.training.run_folder import RunFolder
+from dynabert.training.sharding import whole_weights
 from dynabert.training.trainer import DynaBertTrainer
 
 _log = logging.getLogger(__name__)
@@ -158,6 +162,8 @@ def run_stages(
         >>> run_stages("bert-base-uncased", data, tokenizer, run).report.mean  # doctest: +SKIP
         0.913
     """
+    join_processes(run.use_cpu)
+    run = replace(run, progress=run.progress and is_first())
     with _no_foreign_bars():
         return _Run(str(model_path), data, tokenizer, run).execute()
 
@@ -218,11 +224,11 @@ class _Run:
         return bf16_pays(self._run.use_cpu) if self._run.bf16 is None else self._run.bf16
 
     def execute(self) -> RunResult:
-        self._folder.begin(self._run, self._data, self._model_path, bf16=self._uses_bf16)
+        from_first(self._begin)
         source = self._model_path
         trained = False
         for stage in self._stages:
-            record = self._folder.finished(stage.name)
+            record = from_first(partial(self._folder.finished, stage.name))
             if record is None:
                 self._train(stage, source)
                 trained = True
@@ -235,9 +241,15 @@ class _Run:
             else:
                 _log.info("stage %s is finished", stage.name)
             source = str(self._folder.stage_dir(stage.name))
-        if not trained and self._folder.grid_json.exists() and self._folder.model_dir.exists():
+        if not trained and from_first(self._is_published):
             return RunResult(self._folder.model_dir, GridReport.load(self._folder.grid_json))
         return self._publish(source)
+
+    def _begin(self) -> None:
+        self._folder.begin(self._run, self._data, self._model_path, bf16=self._uses_bf16)
+
+    def _is_published(self) -> bool:
+        return self._folder.grid_json.exists() and self._folder.model_dir.exists()
 
     def _name(self, source: str) -> str:
         """How records call the model a stage starts from: the stage's name, or the path of the
@@ -247,10 +259,7 @@ class _Run:
     def _train(self, stage: Stage, source: str) -> None:
         start = perf_counter()
         args = self._training_arguments(stage)
-        with args.main_process_first(local=False, desc="rewiring"):
-            if args.process_index == 0:
-                self._folder.recover(stage.name)
-            student_path, rewiring = self._start(stage, source, args.device)
+        student_path, rewiring = from_first(lambda: self._start(stage, source, args.device))
         set_seed(self._run.seed)
         # What was scored for rewiring, or is a teacher, must have learned its task.
         fresh_head = stage.teacher is None and student_path == self._model_path
@@ -274,36 +283,39 @@ class _Run:
             ],
         )
         trainer.train(resume_from_checkpoint=True)
-        if not trainer.is_world_process_zero():
-            return
+        weights = whole_weights(student)
         log = trainer.state.log_history
-        self._folder.finish(
-            stage.name,
-            student,
-            self._tokenizer,
-            {
-                "name": stage.name,
-                "starts_from": self._name(source),
-                "teacher": stage.teacher,
-                "subnets": [subnet.to_dict() for subnet in stage.subnets],
-                "rewiring": rewiring,
-                "metrics": _best(log, trainer.state.best_global_step),
-                "steps": trainer.state.global_step,
-                "resumed_from": trainer.resumed_from.name if trainer.resumed_from else None,
-                "seconds": perf_counter() - start,
-                "log": log,
-            },
+        record = {
+            "name": stage.name,
+            "starts_from": self._name(source),
+            "teacher": stage.teacher,
+            "subnets": [subnet.to_dict() for subnet in stage.subnets],
+            "rewiring": rewiring,
+            "metrics": _best(log, trainer.state.best_global_step),
+            "steps": trainer.state.global_step,
+            "resumed_from": trainer.resumed_from.name if trainer.resumed_from else None,
+            "seconds": perf_counter() - start,
+            "log": log,
+        }
+        from_first(
+            lambda: self._folder.finish(stage.name, student, self._tokenizer, record, weights)
         )
 
     def _scores(self, model: nn.Module, subnets: Sequence[SubnetConfig]) -> list[GridRow]:
         """Scores during a stage, by the metric its best model is chosen by."""
-        rows = self._task.evaluate(model, subnets, self._autocast_dtype)
+
+        def score(some: Sequence[SubnetConfig]) -> list[GridRow]:
+            return self._task.evaluate(model, some, self._autocast_dtype)
+
+        # Every process has a part in each forward pass of a sharded model.
+        rows = score(subnets) if isinstance(model, FSDPModule) else shared_out(subnets, score)
         return [replace(row, primary=row.metrics[self._metric]) for row in rows]
 
     def _start(
         self, stage: Stage, source: str, device: torch.device
     ) -> tuple[str, dict[str, Any] | None]:
         """The model a stage starts from, and what rewiring it did to the probed subnets."""
+        self._folder.recover(stage.name)
         narrow = any(subnet.width_mult < 1 for subnet in stage.subnets)
         if not self._run.rewire or not narrow or _is_rewired(source):
             return source, None
@@ -405,20 +417,21 @@ class _Run:
 
     def _publish(self, source: str) -> RunResult:
         """Save the last stage's model as the run's result, and its grid."""
-        args = self._training_arguments(self._stages[-1])
-        with args.main_process_first(local=False, desc="grid"):
-            if args.process_index == 0:
-                model = self._task.load(source)
-                with staged_folder(self._folder.model_dir) as staged:
-                    model.save_pretrained(staged)
-                    self._tokenizer.save_pretrained(staged)
-                _move(model, args.device)
-                rows = self._task.evaluate(model, self._stages[-1].subnets)
-                report = build_report(model, rows, self._task.report_spec)
-                write_bytes(self._folder.grid_markdown, render_grid(report).encode())
-                self._folder.remove_leftovers()
-                report.save(self._folder.grid_json)
-        return RunResult(self._folder.model_dir, GridReport.load(self._folder.grid_json))
+        stage = self._stages[-1]
+        model = self._task.load(source)
+        _move(model, self._training_arguments(stage).device)
+        rows = shared_out(stage.subnets, lambda some: self._task.evaluate(model, some))
+        report = build_report(model, rows, self._task.report_spec)
+        from_first(lambda: self._write_result(model, report))
+        return RunResult(self._folder.model_dir, report)
+
+    def _write_result(self, model: DynaBertPreTrainedModel, report: GridReport) -> None:
+        with staged_folder(self._folder.model_dir) as staged:
+            model.save_pretrained(staged)
+            self._tokenizer.save_pretrained(staged)
+        write_bytes(self._folder.grid_markdown, render_grid(report).encode())
+        self._folder.remove_leftovers()
+        report.save(self._folder.grid_json)
 
 
 def _move(model: nn.Module, device: torch.device) -> None:

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from dynabert.configuration_dynabert import DynaBertConfig
 from dynabert.data.collators import LABEL_NAMES
 from dynabert.data.examples import Problem
+from dynabert.modeling_dynabert import DynaBertModel
+from dynabert.modeling_pretrained import DynaBertPreTrainedModel
 from dynabert.subnet import ForEach, SubnetConfig, SubnetShape
 from dynabert.training.arguments import Pooling, Stage
 from dynabert.training.losses import embedding_loss, hidden_state_loss, prediction_loss
@@ -94,8 +96,10 @@ class StepLosses:
 
     @contextmanager
     def _padding(self) -> Iterator[None]:
-        """Without the model's warning that padding runs, which the stage asks for."""
+        """Without the model's warning that padding runs, which the stage asks for, and FSDP2's of
+        writing into what a model returns, which nobody does here."""
         with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
             if self._stage.hidden_padding:
                 warnings.filterwarnings("ignore", ".*a mask over pairs of tokens")
             yield
@@ -150,11 +154,24 @@ class StepLosses:
                     batch.num_tokens,
                 )
                 loss = loss + self._stage.hidden_weight * batch.share.tokens * hidden
-            if self._logit_weight == 0:
-                # A head without a gradient would count as unused under DistributedDataParallel.
-                loss = loss + 0.0 * sum(part.sum() for part in predictions[number].values())
             losses_of.append(loss)
         return torch.stack(losses_of)
+
+    def untaught(
+        self, model: DynaBertPreTrainedModel, planned: Sequence[PlannedSubnet]
+    ) -> list[str]:
+        """Names of the parameters that no loss of `planned` reaches: of layers that none of them
+        keeps, and of a head whose predictions are not learned."""
+        base = cast(DynaBertModel, model.base_model)
+        kept = {layer.index for item in planned for layer in item.shape.layers}
+        layers = [layer for index, layer in enumerate(base.encoder.layer) if index not in kept]
+        skipped = {parameter for layer in layers for parameter in layer.parameters()}
+        if self._problem == "none" or (self._stage.teacher and self._logit_weight == 0):
+            skipped |= {*model.parameters()} - {
+                *base.embeddings.parameters(),
+                *base.encoder.parameters(),
+            }
+        return [name for name, parameter in model.named_parameters() if parameter in skipped]
 
     def _predictions(self, output: Any, batch: Batch, count: int) -> list[dict[str, Tensor]]:
         """Logits or pooled output of each of `count` subnets."""

@@ -6,6 +6,7 @@ Stands above the losses and the plan of subnets, below `stages`, which strings s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from time import perf_counter
@@ -26,9 +27,11 @@ from dynabert.evaluation import EncodedRows, GridRow, grid_mean
 from dynabert.modeling_pretrained import DynaBertPreTrainedModel
 from dynabert.subnet import SubnetConfig
 from dynabert.training.arguments import Pooling, Stage
+from dynabert.training.processes import from_first
 from dynabert.training.progress import StageProgress
 from dynabert.training.resumable_trainer import ResumableTrainer
 from dynabert.training.row_order import RowOrder
+from dynabert.training.sharding import prepare_sharding
 from dynabert.training.step import (
     Batch,
     Lesson,
@@ -55,8 +58,9 @@ class DynaBertTrainer(ResumableTrainer):
     step of one large batch: every batch is weighed by its share of the sequences, and in hidden
     states of the real tokens.
 
-    The log has the mean loss of every subnet as ``loss_<subnet>`` beside their sum, ``loss``. A loss that is not finite stops training before the optimiser step. `evaluate`
-    reports ``eval_grid_mean`` and ``eval_<subnet>_<metric>``.
+    The log has the mean loss of every subnet as ``loss_<subnet>`` beside their sum, ``loss``. A
+    loss that is not finite stops training before the optimiser step. `evaluate` reports
+    ``eval_grid_mean`` and ``eval_<subnet>_<metric>``.
 
     Args:
         model: The student; rewired, if subnets are to be trained.
@@ -67,7 +71,8 @@ class DynaBertTrainer(ResumableTrainer):
         train_dataset: Tokenised rows.
         data_collator: Makes a batch of rows.
         teacher: Model to learn from, needed if the stage has one; frozen and put in eval mode.
-        evaluator: Scores the model on the stage's subnets; needed by `evaluate`.
+        evaluator: Scores the model on the stage's subnets; needed by `evaluate`. Every process
+            calls it, and what it returns in the first one counts.
         pooling: How `problem` ``none`` pools hidden states.
         group_by_length: Put rows of like length into a batch.
         activation_budget: Bytes that the activations of one forward pass may take, estimated;
@@ -135,6 +140,10 @@ class DynaBertTrainer(ResumableTrainer):
             eval_dataset=train_dataset if evaluator is not None else None,
             callbacks=callbacks,
         )
+        if self.is_fsdp_enabled:
+            prepare_sharding(self.accelerator.state.fsdp_plugin)
+        # The Trainer has seeded all processes alike, and each shall drop activations of its own.
+        torch.manual_seed(args.seed + args.process_index)
         # Keeps the Trainer from counting labels for a normalisation that is done here.
         self.model_accepts_loss_kwargs = False
         self.remove_callback(PrinterCallback)
@@ -156,6 +165,24 @@ class DynaBertTrainer(ResumableTrainer):
         self._logged_losses = torch.zeros(num_subnets, device=args.device)
         self._logged_steps = [0] * num_subnets
         self._step_totals: Tensor | None = None
+        self._largest_batch: tuple[int, int] | None = None
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as `ResumableTrainer` does. Parameters that no loss reaches are frozen meanwhile;
+        DistributedDataParallel would wait for their gradients."""
+        model = cast(DynaBertPreTrainedModel, self.model)
+        names = [
+            name
+            for name in self._losses.untaught(model, self._plan.at(0))
+            if model.get_parameter(name).requires_grad
+        ]
+        for name in names:
+            model.get_parameter(name).requires_grad_(False)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            for name in names:
+                model.get_parameter(name).requires_grad_(True)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches in the order of `RowOrder`, the same whether training was interrupted or not."""
@@ -167,7 +194,7 @@ class DynaBertTrainer(ResumableTrainer):
         batch_size = self._train_batch_size
         order = RowOrder(
             lengths,
-            batch_size,
+            batch_size * args.world_size,  # a batch of one process that all divide among them
             args.data_seed if args.data_seed is not None else args.seed,
             lambda: int(self.state.epoch or 0),
             group_by_length=self._group_by_length,
@@ -198,6 +225,11 @@ class DynaBertTrainer(ResumableTrainer):
                 gathered = self.accelerator.gather(totals.to(self.args.device)[None])
                 totals = gathered.sum(dim=0) / self.args.world_size
             self._step_totals = totals
+        if self.is_fsdp_enabled:
+            # All processes gather the weights of a pass together, so all must make the same passes.
+            shapes = torch.tensor([batch["attention_mask"].shape for batch in batches])
+            shapes = self.accelerator.gather(shapes.to(self.args.device))
+            self._largest_batch = tuple(shapes.amax(dim=0).tolist())
         return batches, None
 
     def training_step(
@@ -228,7 +260,8 @@ class DynaBertTrainer(ResumableTrainer):
         groups = self._micro_groups(planned, batch)
         for group in groups:
             is_last = group is groups[-1]
-            with nullcontext() if is_last else self.accelerator.no_sync(model):
+            exchanges = is_last and self.accelerator.sync_gradients
+            with nullcontext() if exchanges else self.accelerator.no_sync(model):
                 losses = self._losses(model, batch, group, lessons)
                 self.accelerator.backward(losses.sum())
             numbers = torch.tensor([item.index for item in group], device=losses.device)
@@ -249,23 +282,24 @@ class DynaBertTrainer(ResumableTrainer):
         self, planned: list[PlannedSubnet], batch: Batch
     ) -> list[list[PlannedSubnet]]:
         # Padded positions are an upper bound of the tokens that needs no wait for the device.
-        num_tokens, seq_len = batch.mask.numel(), batch.mask.shape[1]
+        num_rows, seq_len = self._largest_batch or batch.mask.shape
         itemsize = 2 if self.args.bf16 or self.args.fp16 else 4
         sizes = [
-            activation_bytes(item.shape, self._config, num_tokens, seq_len, itemsize)
+            activation_bytes(item.shape, self._config, num_rows * seq_len, seq_len, itemsize)
             for item in planned
         ]
         return micro_groups(planned, sizes, self._activation_budget)
 
     def _end_step(self, planned: list[PlannedSubnet]) -> None:
         # The one point where a step waits for the device: an optimiser step with a bad gradient
-        # cannot be undone.
-        if not bool(self._step_losses.isfinite().all()):
-            losses = self._step_losses.tolist()
+        # cannot be undone. It is the same mean in all processes, so that none goes on alone.
+        means = self.accelerator.reduce(self._step_losses, "mean")
+        if not bool(means.isfinite().all()):
+            losses = means.tolist()
             bad = [
                 f"{item.subnet.name} is {losses[item.index]}"
                 for item in planned
-                if not torch.isfinite(self._step_losses[item.index])
+                if not math.isfinite(losses[item.index])
             ]
             raise FloatingPointError(
                 f"DynaBertTrainer: stage {self._stage.name}, step {self.state.global_step + 1}: "
@@ -273,7 +307,7 @@ class DynaBertTrainer(ResumableTrainer):
                 "was not taken; lower learning_rate, or check the data and the weights the stage "
                 "started from."
             )
-        self._logged_losses += self._step_losses
+        self._logged_losses += means
         self._step_losses.zero_()
         for item in planned:
             self._logged_steps[item.index] += 1
@@ -327,6 +361,8 @@ class DynaBertTrainer(ResumableTrainer):
         start = perf_counter()
         assert isinstance(self.model, nn.Module)
         rows = self._evaluator(self.model)
+        # The best model is chosen by these numbers, and must be the same in all processes.
+        rows = from_first(lambda: rows)
         metrics = {
             f"{metric_key_prefix}_{row.subnet.name}_{name}": value
             for row in rows
