@@ -82,6 +82,25 @@ def test_another_command_in_the_same_folder_is_refused(tmp_path: Path) -> None:
         KilledRun(tmp_path, ["--output-dir=x"], num_kills=1, seed=1)
 
 
+@pytest.mark.parametrize(("within", "last"), [(None, 1000.0), (10.0, 10.0)])
+def test_kills_are_spread_over_the_time_asked_for(
+    within: float | None, last: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = KilledRun(tmp_path, ["--task"], num_kills=20, seed=1, within=within)
+    run.state["whole"]["seconds"] = 1000.0
+    instants = []
+
+    def start(name: str, until: float | None) -> bool:
+        instants.append(until)
+        return False
+
+    monkeypatch.setattr(run, "_start", start)
+    run.execute()
+    kills = instants[1:-1]
+    assert (instants[0], instants[-1], len(kills)) == (None, None, 20)
+    assert kills == sorted(kills) and 0.6 * last < kills[-1] < last
+
+
 def test_every_bit_counts(tmp_path: Path) -> None:
     tensors = {"a": torch.tensor([0.0, float("nan")]), "b": torch.tensor(1.0), "c": torch.ones(2)}
     for name in ("whole", "killed"):
