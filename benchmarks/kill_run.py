@@ -218,7 +218,8 @@ def _same_bits(expected: torch.Tensor, found: torch.Tensor) -> bool:
 def _without_folder(argument: str) -> str:
     """An argument without the folders of a path in it."""
     option, sign, value = argument.rpartition("=")
-    return f"{option}{sign}{Path(value).name}" if os.sep in value else argument
+    # A fraction has a slash too.
+    return f"{option}{sign}{Path(value).name}" if Path(value).exists() else argument
 
 
 def _stop(signal_number: int, frame: object) -> None:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import BertTokenizer
 
-from benchmarks.kill_run import KilledRun, compare_runs, main
+from benchmarks.kill_run import KilledRun, _without_folder, compare_runs, main
 from dynabert import DynaBertModel
 from tests.training.conftest import tiny_config, toy_examples
 
@@ -80,6 +80,13 @@ def test_another_command_in_the_same_folder_is_refused(tmp_path: Path) -> None:
         KilledRun(tmp_path, ["--task", "sst2"], num_kills=1, seed=1)
     with pytest.raises(ValueError, match="expected neither"):
         KilledRun(tmp_path, ["--output-dir=x"], num_kills=1, seed=1)
+
+
+def test_records_name_no_folder(tmp_path: Path) -> None:
+    assert _without_folder(str(tmp_path)) == tmp_path.name
+    assert _without_folder(f"--model={tmp_path}") == f"--model={tmp_path.name}"
+    for argument in ("--depths", "1,2/3,1/2", "--depths=1,1/2", "google/bert_uncased_L-2"):
+        assert _without_folder(argument) == argument
 
 
 @pytest.mark.parametrize(("within", "last"), [(None, 1000.0), (10.0, 10.0)])
