@@ -3,6 +3,8 @@
 #
 #   PYTHON=python3.12       interpreter for the virtual environment, 3.10 or newer
 #   VENV=.venv              where it goes
+#   VENV_PEERS=.venv-peers  where the runtimes that `make bench-cpu` compares with go
+#   BENCH="--cases ..."     options of `make bench-cpu`; see python -m benchmarks.bench_model --help
 #   TORCH_INDEX=URL         a further package index for torch, preferred where it has a local build of
 #                           the pinned version (CPU-only on Linux: the `whl/cpu` index of pytorch.org)
 
@@ -13,19 +15,26 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 VENV ?= .venv
+VENV_PEERS ?= .venv-peers
 TORCH_INDEX ?=
+BENCH ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
 TESTS := $(BIN)/python -m pytest
+ASAN := build/asan
+# The interpreter is not sanitised, so the libraries have to come first; and it never frees all.
+ASAN_ENV = ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+  LD_PRELOAD="$(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libstdc++.so)"
 
 # Stamps. A rule removes its stamp first, so that a failure leaves none that looks good.
 CREATED := $(VENV)/.created
 PINNED := $(VENV)/.pinned
 INSTALLED := $(VENV)/.installed
+PEERS_PINNED := $(VENV_PEERS)/.pinned
 
-.PHONY: help setup demo test test-long test-gpu lint type format clean
+.PHONY: help setup demo test test-long test-gpu asan bench-cpu lint type format clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -43,6 +52,24 @@ test-long: $(INSTALLED)  ## every test that needs no GPU
 
 test-gpu: $(INSTALLED)  ## the tests that need a GPU
 	$(TESTS) -m gpu
+
+# A build of its own, beside the environment's; python makes sure that it is loaded. A report ends the
+# process, and -s lets it out.
+asan: $(PINNED)  ## the kernel tests under the address and undefined-behaviour sanitizers
+	rm -rf $(ASAN)/lib
+	DYNABERT_SANITIZE=1 $(BIN)/python setup.py --quiet build --build-base $(ASAN)/temp \
+	  --build-lib $(ASAN)/lib
+	$(ASAN_ENV) $(BIN)/python -c "import sys; sys.path[0] = '$(ASAN)/lib'; import torch; \
+	  from dynabert_kernels._C import build_info; assert '-fsanitize' in build_info()['flags']"
+	$(ASAN_ENV) $(TESTS) -s -o pythonpath=$(ASAN)/lib -p no:cacheprovider -k "cpu or prepared" \
+	  --ignore tests/kernels/test_cpu_build.py tests/kernels
+
+bench-cpu: $(INSTALLED) $(PEERS_PINNED)  ## CPU latency against other runtimes: hours, on a quiet machine
+	$(BIN)/python -m benchmarks.bench_model --peers-python $(VENV_PEERS)/bin/python \
+	  --work-dir build/bench-cpu $(BENCH)
+	$(BIN)/python -m benchmarks.cpu_tables benchmarks/results/cpu_latency.jsonl \
+	  --out benchmarks/results/cpu_latency.md --plot docs/images/cpu_latency.svg
+	$(TESTS) -q benchmarks/bench_ops.py --benchmark-json build/bench-cpu/ops.json
 
 lint: $(INSTALLED)  ## ruff, clang-format and the project's own rules
 	$(BIN)/ruff check .
@@ -76,6 +103,16 @@ $(PINNED): requirements/torch.txt requirements/dev.txt requirements/demo.txt $(C
 	  -r requirements/torch.txt
 	$(PIP) install -c requirements/torch.txt -r requirements/dev.txt
 	$(PIP) install --no-deps --require-hashes -r requirements/demo.txt
+	touch $@
+
+$(PEERS_PINNED): requirements/torch.txt requirements/dev.txt requirements/peers.txt
+	rm -f $@
+	$(PYTHON) -m venv $(VENV_PEERS)
+	$(VENV_PEERS)/bin/python -m pip --disable-pip-version-check --quiet install \
+	  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c requirements/dev.txt \
+	  -r requirements/torch.txt
+	$(VENV_PEERS)/bin/python -m pip --disable-pip-version-check --quiet install \
+	  -c requirements/dev.txt -c requirements/torch.txt -r requirements/peers.txt
 	touch $@
 
 $(INSTALLED): setup.py pyproject.toml $(CSRC) $(PINNED)

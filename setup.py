@@ -17,12 +17,17 @@ from setuptools import Command, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-SOURCES = ["csrc/registration_cpu.cpp", "csrc/cpu/isa.cpp"]
+SOURCES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp"))
 HEADERS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h"))
 # -fopenmp: without it at::parallel_for compiles to a serial loop, silently.
 # No -march=native: a wheel runs on other machines, kernels choose their ISA at run time.
 COMPILE_FLAGS = ["-O3", "-fopenmp", "-Wall", "-Wextra"]
 LINK_FLAGS = ["-fopenmp"]
+# For `make asan`: such an extension loads only where the sanitizer's library came first.
+if os.environ.get("DYNABERT_SANITIZE", "0") not in ("", "0"):
+    SANITIZE = "-fsanitize=address,undefined"
+    COMPILE_FLAGS += [SANITIZE, "-fno-sanitize-recover=undefined", "-O1", "-g"]
+    LINK_FLAGS.append(SANITIZE)
 
 
 def why_no_extension() -> str | None:

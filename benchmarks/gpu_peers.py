@@ -1,7 +1,7 @@
 """Section D: end-to-end encoder inference of the peers, each on the extracted dense subnet.
 
-A peer (`benchmarks.peers`) is compared with the float32 Hugging Face subnet on the same input
-before it is timed; a row whose check failed carries no timing.
+A peer (`benchmarks.gpu_encoder_peers`) is compared with the float32 Hugging Face subnet on the same
+input before it is timed; a row whose check failed carries no timing.
 
 Protocols: batch 128 x 128 (device time per batch, and 100 batches against the wall clock, each
 after copying in a new input); batch 1 x 128 (device time with warm and with emptied L2, and the
@@ -23,6 +23,14 @@ import torch
 from benchmarks import peer_models
 from benchmarks.geometry import BASE, SUBNETS, TINY, WIDTHS, Subnet, short_text_lengths
 from benchmarks.gpu_attention import quickest_backend
+from benchmarks.gpu_encoder_peers import (
+    Batch,
+    CompiledLayers,
+    CompiledRagged,
+    HuggingFaceEager,
+    Peer,
+    compiled,
+)
 from benchmarks.gpu_timing import (
     L2Flush,
     Variant,
@@ -33,14 +41,6 @@ from benchmarks.gpu_timing import (
     measure_host,
     relative_error,
     synchronize,
-)
-from benchmarks.peers import (
-    Batch,
-    CompiledLayers,
-    CompiledRagged,
-    HuggingFaceEager,
-    Peer,
-    compiled,
 )
 from benchmarks.records import Deadline, Recorder, Timing
 

@@ -22,8 +22,8 @@ from transformers import BertForSequenceClassification
 
 from benchmarks import peer_models
 from benchmarks.geometry import BASE, TINY, WIDTHS, Subnet
+from benchmarks.gpu_encoder_peers import compiled
 from benchmarks.gpu_timing import Variant, graphed, heat_up, measure, relative_error
-from benchmarks.peers import compiled
 from benchmarks.records import Deadline, Recorder
 
 SECTION = "E training"

@@ -73,6 +73,13 @@ def random_bert(geometry: Geometry, device: str, seed: int = 0) -> BertModel:
     return model.to(torch.bfloat16).float().to(device)
 
 
+def bert_with_weights(geometry: Geometry, state: dict[str, torch.Tensor]) -> BertModel:
+    """A float32 `BertModel` on the CPU with the weights of another's `state_dict`."""
+    model = BertModel(hf_config(geometry), add_pooling_layer=False).eval()
+    model.load_state_dict(state)
+    return model.requires_grad_(False)
+
+
 def _slice(linear: nn.Linear, rows: int, columns: int) -> nn.Linear:
     small = nn.Linear(columns, rows, device="meta")
     small.weight = nn.Parameter(linear.weight[:rows, :columns].clone(), requires_grad=False)

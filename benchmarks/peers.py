@@ -1,170 +1,181 @@
-"""The peers behind one interface: a name and `prepare(subnet, batch)` -> function on hidden states.
-
-P1 is Hugging Face as it is, P2 and P2b a plain encoder under torch.compile, P4 the same on real
-tokens only. P3 (JAX) runs in a process of its own, `benchmarks.jax_peer`. Another backend joins
-by being one more class with these members. Letters: see `benchmarks.geometry`.
-"""
+"""The CPU peers, and the parent's side of a peer's process. GPU peers: `gpu_encoder_peers`."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+import json
+import os
+import selectors
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
-import torch
-from torch.nn.attention import sdpa_kernel
-from transformers import BertModel
+from benchmarks.cases import DTYPES
 
-from benchmarks import peer_models
-from benchmarks.geometry import Subnet
-from benchmarks.gpu_attention import BACKENDS
+CHECKOUT = Path(__file__).resolve().parents[1]
+OWN = ("ours", "ours_extracted")
 
-Forward = Callable[[torch.Tensor], torch.Tensor]
+
+class PeerError(RuntimeError):
+    """A peer cannot run the case; the message says why."""
 
 
 @dataclass(frozen=True)
-class Batch:
-    """One input: hidden states, and the lengths if some positions are padding.
+class Peer:
+    """One competitor.
 
     Attributes:
-        hidden: Embedded tokens, ``[B, S, C]``.
-        lengths: Real tokens per sequence; None if all are.
-        backend: SDPA backend to force; None for PyTorch's choice.
+        name: As in records and on the command line.
+        runtime: Module of `benchmarks.runtimes`.
+        dtypes: What it is asked to run. What its build then refuses is recorded with the reason.
+        variant: Tells two peers of one runtime apart.
+        foreign: Runs in the environment of requirements/peers.txt rather than in ours.
     """
 
-    hidden: torch.Tensor
-    lengths: tuple[int, ...] | None = None
-    backend: str | None = None
-
-    @property
-    def real(self) -> torch.Tensor:
-        """True at real tokens, ``[B, S]``."""
-        batch_size, seq_len, _ = self.hidden.shape
-        lengths = torch.tensor(self.lengths or [seq_len] * batch_size, device=self.hidden.device)
-        return torch.arange(seq_len, device=self.hidden.device) < lengths[:, None]
-
-    @property
-    def mask(self) -> torch.Tensor | None:
-        """True at keys to attend to, ``[B, 1, S, S]``; None without padding."""
-        if self.lengths is None:
-            return None
-        batch_size, seq_len, _ = self.hidden.shape
-        return self.real[:, None, None, :].expand(batch_size, 1, seq_len, seq_len).contiguous()
-
-
-class Peer(Protocol):
-    """What the harness needs of a competitor."""
-
     name: str
-    captured: bool  # whether the harness may capture the function in a CUDA graph
-
-    def prepare(self, subnet: Subnet, batch: Batch) -> Forward:
-        """A function on hidden states ``[B, S, C]`` (``[T, C]`` if the peer is unpadded)."""
-        ...
-
-
-@contextlib.contextmanager
-def forced(backend: str | None) -> Iterator[None]:
-    """Force one SDPA backend, or leave PyTorch its choice for None."""
-    if backend is None:
-        yield
-    else:
-        with sdpa_kernel(BACKENDS[backend]):
-            yield
+    runtime: str
+    dtypes: tuple[str, ...]
+    variant: str = ""
+    foreign: bool = False
 
 
-@dataclass
-class HuggingFaceEager:
-    """P1: `BertModel`'s encoder as it is, bf16, SDPA with the batch's backend."""
-
-    model: BertModel
-    dtype: torch.dtype
-    name: str = "P1 hf eager"
-    captured: bool = False
-
-    def prepare(self, subnet: Subnet, batch: Batch) -> Forward:
-        """Extract the subnet and run its encoder."""
-        encoder = peer_models.extract(self.model, subnet).to(self.dtype).encoder
-        mask, backend = batch.mask, batch.backend
-
-        def forward(hidden: torch.Tensor) -> torch.Tensor:
-            with forced(backend):
-                return encoder(hidden, attention_mask=mask).last_hidden_state
-
-        return forward
+_FLOATS = ("float32", "bfloat16")
+PEERS = {
+    peer.name: peer
+    for peer in (
+        Peer("ours", "ours", DTYPES),
+        Peer("ours_extracted", "ours", DTYPES, variant="extracted"),
+        Peer("hf_sliced", "hf_sliced", _FLOATS),
+        Peer("torch_eager", "torch_plain", _FLOATS),
+        Peer("torch_compile", "torch_plain", _FLOATS, variant="compiled"),
+        Peer("onnxruntime", "onnx_runtime", ("float32", "int8"), foreign=True),
+        Peer("openvino", "openvino_cpu", DTYPES, foreign=True),
+        Peer("ctranslate2", "ctranslate2_cpu", DTYPES, foreign=True),
+    )
+}
 
 
-@dataclass
-class CompiledLayers:
-    """P2 and P2b: a plain merged-QKV layer under torch.compile, one compile per width, in a graph.
+def chosen_peers(names: Sequence[str]) -> list[Peer]:
+    """The peers of these names, in the table's order.
 
-    Attributes:
-        layer: `peer_models.dense_layer` compiled in some mode.
+    Raises:
+        ValueError: A name is not in the table.
+    """
+    for name in names:
+        if name not in PEERS:
+            raise ValueError(f"peers: name={name!r}, expected one of {', '.join(PEERS)}.")
+    return [peer for peer in PEERS.values() if peer.name in names]
+
+
+def worker_command(peer: Peer, foreign_python: Path | None) -> list[str]:
+    """How to start a peer's worker.
+
+    Raises:
+        PeerError: It needs the environment of requirements/peers.txt, which is not there.
+    """
+    python = sys.executable
+    if peer.foreign:
+        if foreign_python is None or not foreign_python.exists():
+            raise PeerError(
+                f"{peer.name}: python={foreign_python}, expected that of an environment with "
+                "requirements/peers.txt. Run `make bench-cpu`, which creates it."
+            )
+        python = str(foreign_python)
+    return [python, "-m", "benchmarks.peer_worker"]
+
+
+def worker_environment(threads: int) -> dict[str, str]:
+    """Environment of a worker: every thread pool it may bring has `threads` threads."""
+    pools = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+    return {
+        **os.environ,
+        **dict.fromkeys(pools, str(threads)),
+        "PYTHONPATH": os.pathsep.join([str(CHECKOUT), str(CHECKOUT / "python")]),
+        "TORCHINDUCTOR_FREEZING": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+class Worker:
+    """A peer's process. Leaving the ``with`` block ends it.
+
+    Args:
+        command: What to start; it must speak `benchmarks.peer_worker`'s protocol.
+        environment: Of the process.
+        log: File for what it prints.
     """
 
-    model: BertModel
-    dtype: torch.dtype
-    layer: Callable[..., torch.Tensor]
-    name: str
-    captured: bool = True
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self._log = log
+        with log.open("wb") as stream:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stream,
+                env=dict(environment),
+                cwd=CHECKOUT,
+            )
+        self._unread = b""
 
-    def prepare(self, subnet: Subnet, batch: Batch) -> Forward:
-        """Merge the subnet's weights; the first call compiles."""
-        small = peer_models.extract(self.model, subnet)
-        layers = peer_models.encoder_weights(small, self.dtype)
-        mask, backend, head_dim = batch.mask, batch.backend, subnet.geometry.head_dim
+    def __enter__(self) -> Worker:
+        return self
 
-        def forward(hidden: torch.Tensor) -> torch.Tensor:
-            with forced(backend):
-                for weights in layers:
-                    hidden = self.layer(hidden, mask, head_dim, *weights)
-            return hidden
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
-        return forward
+    def ask(self, request: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
+        """Send a request and wait for its answer.
 
+        Raises:
+            PeerError: The worker answers with an error, dies, or takes longer than `timeout_s`.
+        """
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            self._process.stdin.flush()
+        except OSError:
+            raise PeerError(self._how_it_ended()) from None
+        answer: dict[str, Any] = json.loads(self._read_line(timeout_s))
+        if "error" in answer:
+            raise PeerError(answer["error"])
+        return answer
 
-@dataclass
-class CompiledRagged:
-    """P4: real tokens only, `varlen_attn`, the layer compiled once for any number of tokens."""
+    def _read_line(self, timeout_s: float) -> bytes:
+        assert self._process.stdout is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            while b"\n" not in self._unread:
+                if not selector.select(timeout_s):
+                    self._process.kill()
+                    raise PeerError(f"no answer within {timeout_s:g} s; see {self._log.name}")
+                chunk = os.read(self._process.stdout.fileno(), 1 << 16)
+                if not chunk:
+                    raise PeerError(self._how_it_ended())
+                self._unread += chunk
+        line, _, self._unread = self._unread.partition(b"\n")
+        return line
 
-    model: BertModel
-    dtype: torch.dtype
-    layer: Callable[..., torch.Tensor]
-    name: str = "P4 varlen compiled"
-    captured: bool = True
+    def _how_it_ended(self) -> str:
+        code = self._process.wait()
+        lines = self._log.read_text(errors="replace").strip().splitlines()
+        return f"the worker ended with code {code}: {lines[-1] if lines else 'it said nothing'}"
 
-    def prepare(self, subnet: Subnet, batch: Batch) -> Forward:
-        """A function on ``[T, C]``."""
-        assert batch.lengths is not None
-        small = peer_models.extract(self.model, subnet)
-        layers = peer_models.encoder_weights(small, self.dtype)
-        device = batch.hidden.device
-        offsets = torch.tensor([0, *batch.lengths], device=device).cumsum(0).to(torch.int32)
-        longest, head_dim = max(batch.lengths), subnet.geometry.head_dim
-
-        def forward(hidden: torch.Tensor) -> torch.Tensor:
-            torch._dynamo.maybe_mark_dynamic(hidden, 0)
-            for weights in layers:
-                hidden = self.layer(hidden, offsets, longest, head_dim, *weights)
-            return hidden
-
-        return forward
-
-
-def compiled(function: Callable[..., Any], mode: str | None, device: str) -> Callable[..., Any]:
-    """torch.compile as the peers use it; on a CPU (a test) the plain function."""
-    if device != "cuda":
-        return function
-    dynamo = torch._dynamo.config
-    # The widths and batch shapes share one code object; at the default limit of 8 Dynamo would
-    # quietly go back to eager.
-    dynamo.recompile_limit = 256
-    dynamo.fail_on_recompile_limit_hit = True
-    # Only dimensions marked dynamic may vary: a new width must get kernels of its own sizes.
-    dynamo.automatic_dynamic_shapes = False
-    dynamic = None if function is peer_models.ragged_layer else False
-    if mode == "tma":
-        options = {"max_autotune": True, "triton.enable_persistent_tma_matmul": True}
-        return torch.compile(function, dynamic=dynamic, options=options)
-    return torch.compile(function, dynamic=dynamic, mode=mode)
+    def stop(self) -> None:
+        """End the process, by asking first."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(b'{"do": "stop"}\n')
+            self._process.stdin.close()
+        except OSError:
+            pass  # gone already
+        try:
+            self._process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()

@@ -110,18 +110,25 @@ def describe_machine(device: str, *, with_libraries: bool = True) -> dict[str, A
 
 
 class Recorder:
-    """Appends rows to `folder`/gpu_baseline.jsonl and knows the ceilings measured so far.
+    """Appends rows to `folder`/`name` and knows the ceilings measured so far.
 
     Args:
         folder: Where the record lies; made if missing. Rows already there are read for their
             ceilings, so that processes run one after another share them.
         machine: `describe_machine`'s answer, repeated in each row.
         commit: Commit of the measured sources.
+        name: File of the record.
     """
 
-    def __init__(self, folder: Path, machine: dict[str, Any], commit: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        machine: dict[str, Any],
+        commit: str | None = None,
+        name: str = RECORD_NAME,
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / RECORD_NAME
+        self.path = folder / name
         self.machine = machine
         self.commit = commit or commit_of_checkout()
         self.ceilings: dict[str, float] = {}

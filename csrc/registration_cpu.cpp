@@ -1,9 +1,9 @@
-// Module dynabert_kernels._C: what Python needs to know about the CPU build. Tensor ops do not pass
-// through here, they register with torch's dispatcher.
+// Module dynabert_kernels._C: what Python needs to know about the CPU build, and the registration
+// of the ops' CPU kernels with torch's dispatcher. Their schemas are in Python.
 
 #include <ATen/Parallel.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+#include <torch/extension.h>
+#include <torch/library.h>
 
 #include <algorithm>
 #include <map>
@@ -14,7 +14,12 @@
 #include <utility>
 #include <vector>
 
+#include "attention/attention.h"
 #include "cpu/isa.h"
+#include "cpu/peak.h"
+#include "cpu/prepared.h"
+#include "cpu/work.h"
+#include "ffn/ffn.h"
 #include "layout.h"
 
 namespace dynabert {
@@ -63,8 +68,29 @@ std::vector<std::pair<std::string, std::string>> names_and_shapes(
   return rows;
 }
 
+std::map<std::string, std::int64_t> stats_by_name() {
+  const PreparedStats stats = prepared_stats();
+  return {{"entries", stats.entries},
+          {"bytes", stats.bytes},
+          {"hits", stats.hits},
+          {"builds", stats.builds}};
+}
+
+at::Tensor activate(const std::string& name, const at::Tensor& x) {
+  const at::Tensor from = x.to(at::kFloat).contiguous();
+  at::Tensor to = at::empty_like(from);
+  active_table().activate(parse_activation("activate", name), from.const_data_ptr<float>(),
+                          to.mutable_data_ptr<float>(), from.numel());
+  return to;
+}
+
 }  // namespace
 }  // namespace dynabert
+
+TORCH_LIBRARY_IMPL(dynabert, CPU, m) {
+  m.impl("ffn.cpu", &dynabert::ffn_cpu);
+  m.impl("attention.cpu", &dynabert::attention_cpu);
+}
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace dynabert;
@@ -75,6 +101,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &build_info,
         "Compiler, flags, torch version and OpenMP version of the build.");
   m.def("parallel_for_threads", &parallel_for_threads, "Threads at::parallel_for runs on now.");
+  m.def("prepared_stats", &stats_by_name,
+        "Prepared weights: entries, bytes, and how often one was found or built.");
+  m.def("clear_prepared", &clear_prepared, "Frees every prepared form.");
+  m.def("invalidate_prepared", &invalidate_prepared,
+        "Forgets what was prepared from the storage of a tensor; returns the number of forms.");
+  m.def("neuron_group", [] { return kNeuronGroup; }, "Neurons of one reduction block.");
+  m.def("measure_peak", &measure_peak, pybind11::call_guard<pybind11::gil_scoped_release>(),
+        "Best rate of a kind on some threads, in operations or bytes per second.");
+  m.def("activate", &activate, "An activation of float32 values, as the kernels compute it.");
   m.def("attention_layout", [] { return names_and_shapes(kAttentionLayout); });
   m.def("ffn_layout", [] { return names_and_shapes(kFfnLayout); });
   m.def("qkv_parts", [] {

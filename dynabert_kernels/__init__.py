@@ -9,10 +9,20 @@ from dynabert_kernels.layout import PackedAttention, PackedFFN
 from dynabert_kernels.ops import use_backend
 from dynabert_kernels.ops.attention import attention
 from dynabert_kernels.ops.ffn import ffn
+from dynabert_kernels.prepared import clear_prepared, invalidate, prepared_bytes
 
 try:
     __version__ = version("dynabert-kernels")
 except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0.0.0+source"
 
-__all__ = ["PackedAttention", "PackedFFN", "attention", "ffn", "use_backend"]
+__all__ = [
+    "PackedAttention",
+    "PackedFFN",
+    "attention",
+    "clear_prepared",
+    "ffn",
+    "invalidate",
+    "prepared_bytes",
+    "use_backend",
+]

@@ -21,7 +21,6 @@ _PACKAGES = ("dynabert-kernels", "torch", "transformers", "triton")
 # Backends of the design that an op may not have yet, in the order in which they would be chosen.
 _NOT_RELEASED = {
     "cuda": "CUDA kernels are not part of this release",
-    "cpu": "C++ kernels are not part of this release",
 }
 
 
@@ -95,8 +94,6 @@ def _gpu() -> dict[str, Any]:
 
 def _backends(op: Op[Any]) -> dict[str, str | None]:
     table: dict[str, str | None] = dict(_NOT_RELEASED)
-    if _extension.extension_error() is not None:
-        table["cpu"] = _extension.extension_error()
     for backend in op.backends:
         table[backend.name] = dict(op.status(backend.device))[backend.name]
         if table[backend.name] is None and backend.device == "cuda":

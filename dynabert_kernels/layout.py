@@ -18,6 +18,9 @@ from torch import Tensor
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu")
 """Activations an FFN may use: ``gelu`` is the exact (erf) form that BERT and RoBERTa use."""
 
+QUANTIZATIONS = ("int8",)
+"""Forms the matrix products may take beside the dtype of the tokens; see `quantization`."""
+
 
 @dataclass(frozen=True, eq=False)
 class PackedAttention:
@@ -31,6 +34,8 @@ class PackedAttention:
         norm_weight: LayerNorm scale, ``[C]``.
         norm_bias: LayerNorm shift, ``[C]``.
         norm_eps: LayerNorm epsilon.
+        quantization: ``"int8"`` to compute the matrix products in integers, as
+            `dynabert_kernels.quantization` defines; the tensors stay as they are. None for floats.
     """
 
     qkv_weight: Tensor
@@ -40,6 +45,7 @@ class PackedAttention:
     norm_weight: Tensor
     norm_bias: Tensor
     norm_eps: float = 1e-12
+    quantization: str | None = None
 
     @property
     def num_heads(self) -> int:
@@ -95,21 +101,23 @@ class PackedAttention:
         """Check every shape, dtype and device, and return `self`.
 
         Raises:
-            ValueError: A shape, dtype, device or epsilon is wrong.
+            ValueError: A shape, dtype, device, epsilon or quantisation is wrong.
             TypeError: A field is not a tensor, or not a floating-point one.
         """
-        who = "PackedAttention"
-        _check_is_tensor(who, "qkv_weight", self.qkv_weight)
-        if self.qkv_weight.dim() != 4 or self.qkv_weight.shape[1] != 3:
+        who, matrix = "PackedAttention", self.qkv_weight
+        _check_is_tensor(who, "qkv_weight", matrix)
+        shape = matrix.shape
+        if len(shape) != 4 or shape[1] != 3:
             raise ValueError(
-                f"{who}: qkv_weight.shape={list(self.qkv_weight.shape)}, expected "
+                f"{who}: qkv_weight.shape={list(shape)}, expected "
                 "[num_heads, 3, head_dim, hidden_size]. Use PackedAttention.from_hf to pack."
             )
-        heads, _, head_dim, hidden = self.qkv_weight.shape
-        _check_like(who, "qkv_bias", self.qkv_bias, (heads, 3, head_dim), self.qkv_weight)
-        _check_like(who, "out_weight", self.out_weight, (heads, head_dim, hidden), self.qkv_weight)
-        _check_like(who, "out_bias", self.out_bias, (hidden,), self.qkv_weight)
-        _check_norm(who, self.norm_weight, self.norm_bias, self.norm_eps, hidden, self.qkv_weight)
+        heads, _, head_dim, hidden = shape
+        _check_like(who, "qkv_bias", self.qkv_bias, (heads, 3, head_dim), matrix)
+        _check_like(who, "out_weight", self.out_weight, (heads, head_dim, hidden), matrix)
+        _check_like(who, "out_bias", self.out_bias, (hidden,), matrix)
+        _check_norm(who, self.norm_weight, self.norm_bias, self.norm_eps, hidden, matrix)
+        _check_quantization(who, self.quantization)
         return self
 
     @classmethod
@@ -213,6 +221,8 @@ class PackedFFN:
         norm_bias: LayerNorm shift, ``[C]``.
         norm_eps: LayerNorm epsilon.
         activation: ``"gelu"`` (erf), ``"gelu_tanh"`` or ``"relu"``.
+        quantization: ``"int8"`` to compute the matrix products in integers, as
+            `dynabert_kernels.quantization` defines; the tensors stay as they are. None for floats.
     """
 
     up_weight: Tensor
@@ -223,6 +233,7 @@ class PackedFFN:
     norm_bias: Tensor
     norm_eps: float = 1e-12
     activation: str = "gelu"
+    quantization: str | None = None
 
     @property
     def intermediate_size(self) -> int:
@@ -279,21 +290,23 @@ class PackedFFN:
         """Check every shape, dtype and device, and return `self`.
 
         Raises:
-            ValueError: A shape, dtype, device, epsilon or activation is wrong.
+            ValueError: A shape, dtype, device, epsilon, activation or quantisation is wrong.
             TypeError: A field is not a tensor, or not a floating-point one.
         """
-        who = "PackedFFN"
-        _check_is_tensor(who, "up_weight", self.up_weight)
-        if self.up_weight.dim() != 2:
+        who, matrix = "PackedFFN", self.up_weight
+        _check_is_tensor(who, "up_weight", matrix)
+        shape = matrix.shape
+        if len(shape) != 2:
             raise ValueError(
-                f"{who}: up_weight.shape={list(self.up_weight.shape)}, expected "
+                f"{who}: up_weight.shape={list(shape)}, expected "
                 "[intermediate_size, hidden_size]. Use PackedFFN.from_hf to pack."
             )
-        neurons, hidden = self.up_weight.shape
-        _check_like(who, "up_bias", self.up_bias, (neurons,), self.up_weight)
-        _check_like(who, "down_weight", self.down_weight, (neurons, hidden), self.up_weight)
-        _check_like(who, "down_bias", self.down_bias, (hidden,), self.up_weight)
-        _check_norm(who, self.norm_weight, self.norm_bias, self.norm_eps, hidden, self.up_weight)
+        neurons, hidden = shape
+        _check_like(who, "up_bias", self.up_bias, (neurons,), matrix)
+        _check_like(who, "down_weight", self.down_weight, (neurons, hidden), matrix)
+        _check_like(who, "down_bias", self.down_bias, (hidden,), matrix)
+        _check_norm(who, self.norm_weight, self.norm_bias, self.norm_eps, hidden, matrix)
+        _check_quantization(who, self.quantization)
         if self.activation not in ACTIVATIONS:
             raise ValueError(
                 f"{who}: activation={self.activation!r}, expected one of {', '.join(ACTIVATIONS)}. "
@@ -407,28 +420,10 @@ def _check_is_tensor(who: str, name: str, tensor: Tensor) -> None:
         )
 
 
-def _check_shape(who: str, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != shape:
-        raise ValueError(
-            f"{who}: {name}.shape={list(tensor.shape)}, expected {list(shape)}. "
-            "All tensors of a sublayer must agree."
-        )
-
-
-def _check_device(who: str, name: str, tensor: Tensor, device: torch.device) -> None:
-    if tensor.device != device:
-        raise ValueError(
-            f"{who}: {name}.device={tensor.device}, expected {device}. "
-            "Move all tensors of a sublayer to one device."
-        )
-
-
 def _check_like(
     who: str, name: str, tensor: Tensor, shape: tuple[int, ...], matrix: Tensor
 ) -> None:
-    _check_is_tensor(who, name, tensor)
-    _check_shape(who, name, tensor, shape)
-    _check_device(who, name, tensor, matrix.device)
+    _check_placed(who, name, tensor, shape, matrix.device)
     if tensor.dtype != matrix.dtype:
         raise ValueError(
             f"{who}: {name}.dtype={tensor.dtype}, expected {matrix.dtype}. "
@@ -436,13 +431,38 @@ def _check_like(
         )
 
 
+def _check_placed(
+    who: str, name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device
+) -> None:
+    # In one line each, without calls of our own: this runs for every tensor at every call of an op.
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        _check_is_tensor(who, name, tensor)
+    if tensor.shape != shape:
+        raise ValueError(
+            f"{who}: {name}.shape={list(tensor.shape)}, expected {list(shape)}. "
+            "All tensors of a sublayer must agree."
+        )
+    if tensor.device != device:
+        raise ValueError(
+            f"{who}: {name}.device={tensor.device}, expected {device}. "
+            "Move all tensors of a sublayer to one device."
+        )
+
+
 def _check_norm(
     who: str, weight: Tensor, bias: Tensor, eps: float, hidden: int, matrix: Tensor
 ) -> None:
     # LayerNorm parameters may stay float32 beside half-precision matrices.
-    for name, tensor in (("norm_weight", weight), ("norm_bias", bias)):
-        _check_is_tensor(who, name, tensor)
-        _check_shape(who, name, tensor, (hidden,))
-        _check_device(who, name, tensor, matrix.device)
+    _check_placed(who, "norm_weight", weight, (hidden,), matrix.device)
+    _check_placed(who, "norm_bias", bias, (hidden,), matrix.device)
     if not isinstance(eps, (float, int, torch.SymFloat)) or eps < 0:
         raise ValueError(f"{who}: norm_eps={eps!r}, expected a number >= 0. BERT uses 1e-12.")
+
+
+def _check_quantization(who: str, quantization: str | None) -> None:
+    if quantization is not None and quantization not in QUANTIZATIONS:
+        allowed = ", ".join(map(repr, QUANTIZATIONS))
+        raise ValueError(
+            f"{who}: quantization={quantization!r}, expected None or {allowed}. "
+            "None computes in the dtype of the tokens."
+        )

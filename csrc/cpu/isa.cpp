@@ -5,17 +5,31 @@
 #include "checks.h"
 
 namespace dynabert {
+
+extern const KernelTable kScalarTable;
+#if defined(__x86_64__)
+extern const KernelTable kAvx2Table;
+extern const KernelTable kAvx512Table;
+extern const KernelTable kAvx512VnniTable;
+extern const KernelTable kAvx512Bf16Table;
+#endif
+
 namespace {
 
 struct Level {
   Isa isa;
   const char* name;
+  const KernelTable* table;
 };
 
 constexpr Level kLevels[] = {
-    {Isa::kScalar, "scalar"},          {Isa::kAvx2, "avx2"},
-    {Isa::kAvx512, "avx512"},          {Isa::kAvx512Vnni, "avx512_vnni"},
-    {Isa::kAvx512Bf16, "avx512_bf16"},
+    {Isa::kScalar, "scalar", &kScalarTable},
+#if defined(__x86_64__)
+    {Isa::kAvx2, "avx2", &kAvx2Table},
+    {Isa::kAvx512, "avx512", &kAvx512Table},
+    {Isa::kAvx512Vnni, "avx512_vnni", &kAvx512VnniTable},
+    {Isa::kAvx512Bf16, "avx512_bf16", &kAvx512Bf16Table},
+#endif
 };
 
 // The compiler's builtins ask both cpuid and, through xgetbv, whether the operating system saves
@@ -46,6 +60,14 @@ std::atomic<Isa>& active() {
   return isa;
 }
 
+const Level& active_level() {
+  const Isa isa = active().load(std::memory_order_relaxed);
+  for (const Level& level : kLevels) {
+    if (level.isa == isa) return level;
+  }
+  TORCH_INTERNAL_ASSERT(false, "every Isa has a row in kLevels");
+}
+
 std::string joined_supported() {
   std::string names;
   for (const std::string& name : supported_isas()) names += names.empty() ? name : ", " + name;
@@ -62,13 +84,9 @@ std::vector<std::string> supported_isas() {
   return names;
 }
 
-std::string isa_name() {
-  const Isa isa = active().load();
-  for (const Level& level : kLevels) {
-    if (level.isa == isa) return level.name;
-  }
-  TORCH_INTERNAL_ASSERT(false, "every Isa has a row in kLevels");
-}
+std::string isa_name() { return active_level().name; }
+
+const KernelTable& active_table() { return *active_level().table; }
 
 void force_isa(const std::string& name) {
   if (name.empty()) {

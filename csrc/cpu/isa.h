@@ -5,6 +5,8 @@
 #include <string>
 #include <vector>
 
+#include "cpu/kernel_table.h"
+
 namespace dynabert {
 
 // Each level includes all before it. avx512 is F, BW, DQ and VL together; no CPU has AVX512-BF16
@@ -20,5 +22,8 @@ std::string isa_name();
 // Forces a level by name for the whole process; an empty name returns to the widest supported.
 // Throws (ValueError in Python) if the name is unknown or the CPU cannot run it.
 void force_isa(const std::string& name);
+
+// Kernels of the level in force.
+const KernelTable& active_table();
 
 }  // namespace dynabert

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from operator import sub
+from typing import NoReturn
+
 import torch
 from torch import Tensor
 
@@ -89,7 +92,7 @@ def check_ragged(who: str, hidden: Tensor, cu_seqlens: Tensor, max_seqlen: int |
             raise ValueError(
                 f"{who}: max_seqlen={max_seqlen}, expected at least 0. Pass the longest length."
             )
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+    if cu_seqlens.is_cpu and not torch.compiler.is_compiling():
         _check_offsets(who, cu_seqlens.tolist(), hidden.shape[0], max_seqlen)
 
 
@@ -99,15 +102,14 @@ def _check_offsets(who: str, offsets: list[int], total_tokens: int, max_seqlen: 
             f"{who}: cu_seqlens runs from {offsets[0]} to {offsets[-1]}, expected 0 to "
             f"{total_tokens}, the number of tokens. Make both from one batch."
         )
-    longest = 0
-    for index in range(len(offsets) - 1):
-        length = offsets[index + 1] - offsets[index]
-        if length < 0:
-            raise ValueError(
-                f"{who}: cu_seqlens[{index + 1}]={offsets[index + 1]}, expected at least "
-                f"{offsets[index]}. Offsets never fall."
-            )
-        longest = max(longest, length)
+    lengths = list(map(sub, offsets[1:], offsets))
+    if min(lengths, default=0) < 0:
+        index = next(index for index, length in enumerate(lengths) if length < 0)
+        raise ValueError(
+            f"{who}: cu_seqlens[{index + 1}]={offsets[index + 1]}, expected at least "
+            f"{offsets[index]}. Offsets never fall."
+        )
+    longest = max(lengths, default=0)
     if max_seqlen is not None and longest > max_seqlen:
         raise ValueError(
             f"{who}: max_seqlen={max_seqlen}, expected at least {longest}. "
@@ -157,12 +159,12 @@ def check_widths(
             f"{who}: {name}.shape={list(widths.shape)}, expected [{batch_size}]. "
             "Pass one width per sequence."
         )
-    if widths.device.type != "cpu" and widths.device != cu_seqlens.device:
+    if not widths.is_cpu and widths.device != cu_seqlens.device:
         raise ValueError(
             f"{who}: {name}.device={widths.device}, expected cpu or {cu_seqlens.device}. "
             "Move it to the device of the tokens."
         )
-    if widths.device.type == "cpu" and not torch.compiler.is_compiling():
+    if widths.is_cpu and not torch.compiler.is_compiling():
         check_width_values(who, name, widths.tolist(), limit, what)
 
 
@@ -179,6 +181,18 @@ def check_not_compiling(who: str, name: str) -> None:
             f"{who}: {name} is a tensor inside torch.compile or torch.export, expected an int. "
             "The reference groups sequences by width on the host; pass one width, or do not trace."
         )
+
+
+def refuse_gradients(who: str, quantization: str) -> NoReturn:
+    """Refuse a call whose integers have no gradients.
+
+    Raises:
+        NotImplementedError: Always.
+    """
+    raise NotImplementedError(
+        f"{who}: gradients are needed and the weights have quantization={quantization!r}, expected "
+        "None. Call it under torch.no_grad(), or dequantise with model.quantize(None)."
+    )
 
 
 def check_width_values(who: str, name: str, widths: list[int], limit: int, what: str) -> None:

@@ -2,7 +2,8 @@
 
 A native backend is an overload of one packet, ``torch.ops.dynabert.<op>.<backend>``, with the
 schema and fake of its op and, where it has one, its own backward. The reference is plain PyTorch,
-called directly, so that autograd, Inductor and exporters see through it.
+called directly, so that autograd, Inductor and exporters see through it; ``torch.export``, ONNX and
+``torch.jit.trace`` get it unless another backend is forced.
 """
 
 from __future__ import annotations
@@ -59,7 +60,13 @@ class Backend(Generic[CallT]):
         name: What `use_backend` calls it.
         device: Device type it runs on.
         run: The implementation, taking the schema's arguments; None where C++ registers it.
-        why_not: A sentence if it cannot run this call, else None.
+        scope: A sentence if the call is none that this backend is made for, else None. A forced
+            backend refuses such a call; the automatic choice takes `reference`, without a warning
+            and also under ``DYNABERT_STRICT``: users who train or need float64 asked for
+            nothing that this backend could give. Calls that need gradients of a backend without
+            `backward`, and those refused by the op's `why_not_native`, are out of scope too.
+        why_not: A sentence if it cannot run a call in its scope, else None. The automatic choice
+            then takes `reference` with a warning.
         unavailable: A sentence if it cannot run anything here (not built, not installed). Asked
             at every call on `device`, and traced by Dynamo: it reads a constant.
         unproven: A sentence if only `use_backend` may choose it. The automatic choice passes it
@@ -73,6 +80,7 @@ class Backend(Generic[CallT]):
     name: str
     device: str
     run: Callable[..., Tensor] | None = None
+    scope: Callable[[CallT], str | None] | None = None
     why_not: Callable[[CallT], str | None] | None = None
     unavailable: Callable[[], str | None] | None = None
     unproven: str | None = None
@@ -108,6 +116,7 @@ class Op(Generic[CallT]):
         self.reference = reference
         self.why_not_native = why_not_native
         self.backends: tuple[Backend[CallT], ...] = ()
+        self._overloads: dict[str, Any] = {}
         for backend in backends:
             self._register(backend)
         OPS[name] = self
@@ -128,6 +137,9 @@ class Op(Generic[CallT]):
             )
         if backend.run is not None:
             _LIBRARY.impl(overload, backend.run, backend.device.upper())
+        self._overloads[backend.name] = getattr(
+            getattr(torch.ops.dynabert, self.name), backend.name
+        )
         self.backends = (*self.backends, backend)
 
     def __call__(self, call: CallT) -> Tensor:
@@ -139,8 +151,7 @@ class Op(Generic[CallT]):
         backend = self._choose(call)
         if backend is None:
             return self.reference(call)
-        overload = getattr(getattr(torch.ops.dynabert, self.name), backend.name)
-        result: Tensor = overload(*call.arguments())
+        result: Tensor = self._overloads[backend.name](*call.arguments())
         return result
 
     def status(self, device: torch.device | str) -> list[tuple[str, str | None]]:
@@ -161,39 +172,51 @@ class Op(Generic[CallT]):
             return None
         for backend in self.backends:
             if backend.name == name:
-                return self._why_not(backend, call)
+                return self._why_not(backend, call, call.hidden.device.type)
         raise ValueError(
             f"{self.name}: backend={name!r}, expected one of {', '.join(self.backend_names)}. "
             "Run `python -m dynabert_kernels` for the table."
         )
 
-    def _why_not(self, backend: Backend[CallT], call: CallT) -> str | None:
-        reason = _unavailable(backend, call.hidden.device.type)
-        if reason is None and self.why_not_native is not None:
-            reason = self.why_not_native(call)
-        if reason is None and backend.backward is None and _needs_gradients(call):
-            reason = "it has no backward, and gradients are needed. Call it under torch.no_grad()"
+    def _why_not(self, backend: Backend[CallT], call: CallT, device_type: str) -> str | None:
+        reason = _unavailable(backend, device_type)
+        if reason is None:
+            reason = self._out_of_scope(backend, call)
         if reason is None and backend.why_not is not None:
             reason = backend.why_not(call)
         return reason
 
+    def _out_of_scope(self, backend: Backend[CallT], call: CallT) -> str | None:
+        reason = None
+        if self.why_not_native is not None:
+            reason = self.why_not_native(call)
+        if reason is None and backend.backward is None and needs_gradients(call):
+            reason = "it has no backward, and gradients are needed. Call it under torch.no_grad()"
+        if reason is None and backend.scope is not None:
+            reason = backend.scope(call)
+        return reason
+
     def _choose(self, call: CallT) -> Backend[CallT] | None:
-        if _forced == REFERENCE:
+        if _forced == REFERENCE or (_forced is None and _is_exporting()):
             return None
         reasons: dict[str, str] = {}
         native_here = False
+        device_type = call.hidden.device.type
         for backend in self.backends:
             if _forced is None and backend.unproven is not None:
                 reasons[backend.name] = backend.unproven
                 continue
-            reason = self._why_not(backend, call)
+            reason = self._why_not(backend, call, device_type)
             if _forced is not None and backend.name != _forced:
                 reasons[backend.name] = reason or f"not used while {_forced!r} is forced"
                 continue
             if reason is None:
                 return backend
             reasons[backend.name] = reason
-            native_here = native_here or backend.device == call.hidden.device.type
+            # What was out of scope before the backend turned out to be missing still is.
+            native_here = native_here or (
+                backend.device == device_type and self._out_of_scope(backend, call) is None
+            )
         if _forced is not None:
             reasons.setdefault(_forced, "the op has no such backend")
             raise self._cannot_run(call, reasons, f"not used while {_forced!r} is forced")
@@ -236,7 +259,15 @@ def _unavailable(backend: Backend[Any], device_type: str) -> str | None:
     return backend.unavailable() if backend.unavailable is not None else None
 
 
-def _needs_gradients(call: OpCall) -> bool:
+def _is_exporting() -> bool:
+    """Whether a tool records the call to run it elsewhere, where native operators do not exist."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+
+
+def needs_gradients(call: OpCall) -> bool:
+    """Whether autograd would record this call."""
     return torch.is_grad_enabled() and any(
         isinstance(argument, Tensor) and argument.requires_grad for argument in call.arguments()
     )

@@ -24,10 +24,33 @@ WeightsT = TypeVar("WeightsT", bound=_Elastic)
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:
     """The dtype of the matrix products: autocast's where it is on, else that of the tokens."""
-    device_type = hidden.device.type
+    # `is_cpu` is cheaper than the device's name, and every call of an op asks.
+    device_type = "cpu" if hidden.is_cpu else hidden.device.type
     if hidden.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return hidden.dtype
+
+
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+def compute_name(hidden: Tensor, quantization: str | None) -> str:
+    """What an op's argument ``compute`` says: the dtype of the matrix products, by name.
+
+    Quantised weights stay quantised under autocast.
+    """
+    return _NAMES[compute_dtype(hidden)] if quantization is None else quantization
+
+
+def token_dtype(compute: str) -> torch.dtype:
+    """The dtype in which tokens reach the products; float32 where these quantise them."""
+    return torch.float32 if compute == "int8" else _DTYPES[compute]
 
 
 def hidden_dropout(projected: Tensor, dropout_p: float, seed: int | None) -> Tensor:

@@ -28,7 +28,12 @@ def triton_missing() -> str | None:
 
 
 def why_not(
-    hidden: Tensor, matrices: tuple[Tensor, ...], *, widths: Tensor | None, dropout: bool
+    hidden: Tensor,
+    matrices: tuple[Tensor, ...],
+    *,
+    widths: Tensor | None,
+    dropout: bool,
+    quantization: str | None,
 ) -> str | None:
     """The reasons both ops share why the kernels cannot run a call, or None.
 
@@ -37,7 +42,10 @@ def why_not(
         matrices: The weight matrices.
         widths: One width per sequence, if the call gives them.
         dropout: Whether the call asks for any dropout.
+        quantization: The weights' own.
     """
+    if quantization is not None:
+        return f"the weights have quantization={quantization!r}, which is not implemented"
     if hidden.device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(hidden.device)
         if major < 8:

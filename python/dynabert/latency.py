@@ -79,7 +79,9 @@ def measure_latency(
         seq_len: Tokens per sequence, all of them real.
         threads: Threads PyTorch uses on the CPU meanwhile; None leaves them as they are.
         device: Where to run; None where the model is.
-        dtype: Element type of the weights and activations; None leaves the model's.
+        dtype: Element type of the weights and activations; None leaves the model's. ``torch.int8``
+            means float32 with the matrix products in integers
+            (`DynaBertPreTrainedModel.quantize`), and leaves a model that has them so.
         backend: Backend to force for every operator; None leaves the choice as it is.
         seconds_per_subnet: Time to spend on each subnet on average, in seconds, warm-up not
             included. A slow subnet takes longer, so that every subnet gets 20 samples.
@@ -158,12 +160,21 @@ def _as_asked(
     """The model itself where it already is what is asked for, else a copy."""
     weight = next(model.parameters())
     to_device = weight.device if device is None else torch.empty(0, device=device).device
-    to_dtype = weight.dtype if dtype is None else dtype
-    if (to_device, to_dtype) == (weight.device, weight.dtype):
+    to_dtype = _dtype(model) if dtype is None else dtype
+    if (to_device, to_dtype) == (weight.device, _dtype(model)):
         return model
     copied: DynaBertPreTrainedModel = copy.deepcopy(model)
-    nn.Module.to(copied, device=to_device, dtype=to_dtype)  # transformers' own `to` is not typed
-    return copied
+    if to_dtype == _dtype(model):
+        nn.Module.to(copied, device=to_device)  # transformers' own `to` is not typed
+        return copied
+    as_int8 = to_dtype == torch.int8
+    nn.Module.to(copied, device=to_device, dtype=torch.float32 if as_int8 else to_dtype)
+    return copied.quantize("int8" if as_int8 else None)
+
+
+def _dtype(model: DynaBertPreTrainedModel) -> torch.dtype:
+    """The element type of the matrix products: ``torch.int8`` of a quantised model."""
+    return torch.int8 if model.quantization == "int8" else next(model.parameters()).dtype
 
 
 def _forward_call(
@@ -195,7 +206,7 @@ def _setting(
         device=device.type,
         threads=torch.get_num_threads(),
         backend=forced_backend() or _automatic_backend(device),
-        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        dtype=str(_dtype(model)).removeprefix("torch."),
         batch_size=batch_size,
         seq_len=seq_len,
         model=describe_model(model),

@@ -33,7 +33,8 @@ class LatencySetting:
         device: ``cpu`` or ``cuda``.
         threads: Threads PyTorch used on the CPU.
         backend: Backend the operators were forced to, or ``auto``.
-        dtype: Element type of weights and activations, for instance ``float32``.
+        dtype: Element type of weights and activations, for instance ``float32``; ``int8`` where
+            the matrix products are in integers and the rest in float32.
         batch_size: Sequences per forward pass.
         seq_len: Tokens per sequence.
         model: Class and sizes of the full network.

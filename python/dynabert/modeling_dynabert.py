@@ -11,7 +11,8 @@ head_dim, I FFN neurons.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, cast
+from operator import is_
+from typing import Any, Generic, Literal, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,8 @@ from dynabert_kernels.varlen import Packing
 Subnet = SubnetConfig | SubnetShape | None
 Subnets = Subnet | Sequence[Subnet] | ForEach
 States = bool | Literal["packed"] | None
+PackedT = TypeVar("PackedT", PackedAttention, PackedFFN)
+_TENSORS_PER_SUBLAYER = 6
 
 
 class LayerStep(NamedTuple):
@@ -84,7 +87,40 @@ class DynaBertEmbeddings(nn.Module):
         return normed
 
 
-class DynaBertAttention(nn.Module):
+class DynaBertSublayer(nn.Module, Generic[PackedT]):
+    """An elastic sublayer, which owns its packed parameters and nothing else.
+
+    Attributes:
+        norm_eps: LayerNorm epsilon.
+        quantization: See `DynaBertPreTrainedModel.quantize`.
+    """
+
+    norm_eps: float
+    quantization: str | None = None
+    _kept: tuple[tuple[Any, ...], PackedT] | None = None
+
+    def packed(self) -> PackedT:
+        """The parameters as the kernels take them; references, no copy."""
+        own: dict[str, Any] = self._parameters
+        # A parametrised tensor is computed at each access, and is no parameter of the module.
+        is_plain = len(own) == _TENSORS_PER_SUBLAYER
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not is_plain:
+            return self._bundle()
+        # Inference asks once per layer and call, and making a bundle takes longer than comparing.
+        parts, kept = (*own.values(), *self._settings()), self._kept
+        if kept is None or not all(map(is_, parts, kept[0])):
+            kept = self._kept = parts, self._bundle()
+        return kept[1]
+
+    def _settings(self) -> tuple[Any, ...]:
+        """What a bundle holds beside the parameters."""
+        return self.norm_eps, self.quantization
+
+    def _bundle(self) -> PackedT:
+        raise NotImplementedError
+
+
+class DynaBertAttention(DynaBertSublayer[PackedAttention]):
     """Attention sublayer; its parameters are packed heads first, so a width is a prefix."""
 
     def __init__(self, config: DynaBertConfig) -> None:
@@ -100,8 +136,7 @@ class DynaBertAttention(nn.Module):
         self.dropout_p = config.hidden_dropout_prob
         self.attention_dropout_p = config.attention_probs_dropout_prob
 
-    def packed(self) -> PackedAttention:
-        """The parameters as the kernels take them; references, no copy."""
+    def _bundle(self) -> PackedAttention:
         return PackedAttention(
             self.qkv_weight,
             self.qkv_bias,
@@ -109,7 +144,7 @@ class DynaBertAttention(nn.Module):
             self.out_bias,
             self.norm_weight,
             self.norm_bias,
-            self.norm_eps,
+            *self._settings(),
         )
 
     def forward(
@@ -128,7 +163,7 @@ class DynaBertAttention(nn.Module):
         )
 
 
-class DynaBertFFN(nn.Module):
+class DynaBertFFN(DynaBertSublayer[PackedFFN]):
     """Feed-forward sublayer; its parameters are packed neurons first, so a width is a prefix."""
 
     def __init__(self, config: DynaBertConfig) -> None:
@@ -144,8 +179,10 @@ class DynaBertFFN(nn.Module):
         self.activation = config.activation
         self.dropout_p = config.hidden_dropout_prob
 
-    def packed(self) -> PackedFFN:
-        """The parameters as the kernels take them; references, no copy."""
+    def _settings(self) -> tuple[Any, ...]:
+        return self.norm_eps, self.activation, self.quantization
+
+    def _bundle(self) -> PackedFFN:
         return PackedFFN(
             self.up_weight,
             self.up_bias,
@@ -153,8 +190,7 @@ class DynaBertFFN(nn.Module):
             self.down_bias,
             self.norm_weight,
             self.norm_bias,
-            self.norm_eps,
-            self.activation,
+            *self._settings(),
         )
 
     def forward(self, hidden: Tensor, intermediate_size: int | Tensor, packing: Packing) -> Tensor:

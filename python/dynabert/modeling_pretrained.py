@@ -23,6 +23,8 @@ from dynabert.configuration_dynabert import DynaBertConfig
 from dynabert.rewiring_record import FILE_NAME as REWIRING_FILE
 from dynabert.rewiring_record import RewiringRecord
 from dynabert.subnet import SubnetConfig, SubnetShape
+from dynabert_kernels.layout import QUANTIZATIONS
+from dynabert_kernels.quantization import check_finite
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -111,6 +113,49 @@ class DynaBertPreTrainedModel(PreTrainedModel):
         if base is not self:
             setattr(view, self.base_model_prefix, base.with_subnet(shape))
         return view
+
+    @property
+    def quantization(self) -> str | None:
+        """The form of the encoder's matrix products that `quantize` set; None for floats."""
+        return next((sublayer.quantization for sublayer in self._sublayers()), None)
+
+    def quantize(self, quantization: str | None) -> Self:
+        """Compute the encoder's matrix products in integers, or in floats again.
+
+        ``"int8"`` takes effect at the next call: weights with one scale per neuron or channel and
+        tokens with one scale each (`dynabert_kernels.quantization`), the rest in float32. Every
+        subnet reads the same integers, and views (`with_subnet`) share them. The parameters do not
+        change and nothing about it is saved: a loaded model is not quantised. Integers have no
+        gradients, so calls that need them are refused; use ``torch.no_grad()``.
+
+        Args:
+            quantization: ``"int8"``, or None to use the parameters as they are.
+
+        Returns:
+            This model.
+
+        Raises:
+            ValueError: There is no such form, or a weight holds NaN or infinity.
+
+        Example:
+            >>> model.eval().quantize("int8")  # doctest: +SKIP
+        """
+        if quantization is not None and quantization not in QUANTIZATIONS:
+            raise ValueError(
+                f"{type(self).__name__}.quantize: quantization={quantization!r}, expected None or "
+                f"one of {', '.join(map(repr, QUANTIZATIONS))}."
+            )
+        if quantization is not None:
+            for name, parameter in self.base_model.named_parameters():
+                if name.startswith("encoder.") and name.endswith("_weight"):
+                    check_finite(name, parameter)
+        for sublayer in self._sublayers():
+            sublayer.quantization = quantization
+        return self
+
+    def _sublayers(self) -> Iterator[Any]:
+        """The elastic sublayers, which own the encoder's parameters."""
+        return (module for module in self.modules() if hasattr(module, "packed"))
 
     def wants_dict(self, return_dict: bool | None) -> bool:
         """Whether a call returns an output object rather than a tuple."""

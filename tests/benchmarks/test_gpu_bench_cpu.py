@@ -14,9 +14,9 @@ pytest.importorskip("transformers")
 
 from benchmarks import gpu_attention, gpu_ceilings, gpu_peers, gpu_training, peer_models, records
 from benchmarks.geometry import BASE, TINY, WIDTHS, Subnet, short_text_lengths
+from benchmarks.gpu_encoder_peers import Batch, CompiledLayers, CompiledRagged, HuggingFaceEager
 from benchmarks.gpu_tables import summarize
 from benchmarks.gpu_timing import Variant, measure, relative_error
-from benchmarks.peers import Batch, CompiledLayers, CompiledRagged, HuggingFaceEager
 
 GRID = [(width, depth) for width in WIDTHS for depth in (1.0, 0.75, 0.5)]
 

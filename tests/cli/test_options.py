@@ -60,8 +60,8 @@ def test_device_and_dtype_are_those_of_this_machine() -> None:
     assert parse_dtype("bfloat16") is torch.bfloat16
     with pytest.raises(ValueError, match="--device: 'cuda:99', expected one of cpu"):
         parse_device("cuda:99")
-    with pytest.raises(ValueError, match="--dtype: 'int8', expected one of float32"):
-        parse_dtype("int8")
+    with pytest.raises(ValueError, match="--dtype: 'int4', expected one of float32"):
+        parse_dtype("int4")
 
 
 def test_sequence_may_be_as_long_as_the_model_has_positions() -> None:

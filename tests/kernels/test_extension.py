@@ -16,6 +16,7 @@ import torch
 
 from dynabert_kernels import _extension
 from dynabert_kernels.doctor import doctor_report, format_report
+from dynabert_kernels.ops import _cpu
 
 ISAS = ["scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16"]
 
@@ -141,11 +142,21 @@ def test_missing_extension_says_the_recorded_reason(
     assert _extension.extension_error() == sentence
     with pytest.raises(ImportError, match=re.escape(sentence)):
         _extension.cpu_extension()
+    fresh_load.setattr(_cpu, "_MISSING", _cpu._find_missing())
     report = doctor_report()
     assert report["extension"] == {"reason": sentence}
     assert report["ops"]["attention"]["cpu"] == sentence
     assert report["ops"]["attention"]["reference"] is None
     assert f"extension  {sentence}" in format_report(report)
+
+
+def test_an_extension_without_kernels_is_not_used(fresh_load: pytest.MonkeyPatch) -> None:
+    older = ModuleType("older_sources")
+    fresh_load.setattr(_extension, "_load", lambda: (older, None))
+    reason = _cpu._find_missing()
+    assert reason is not None
+    assert reason.startswith("the extension was built from older sources")
+    fresh_load.undo()
 
 
 def test_damaged_record_is_no_error(tmp_path: Path, fresh_load: pytest.MonkeyPatch) -> None:

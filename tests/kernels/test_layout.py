@@ -193,6 +193,7 @@ def wrong_attention():
     yield "norm_int", replace(good, norm_bias=torch.ones(10).int()), TypeError, "norm_bias.dtype"
     yield "eps_negative", replace(good, norm_eps=-1.0), ValueError, "norm_eps"
     yield "eps_text", replace(good, norm_eps="1e-12"), ValueError, "norm_eps"
+    yield "quantization", replace(good, quantization="int4"), ValueError, "quantization='int4'"
 
 
 def wrong_ffn():
@@ -206,6 +207,7 @@ def wrong_ffn():
     yield "dtype", replace(good, up_bias=good.up_bias.half()), ValueError, "up_bias.dtype"
     yield "norm", replace(good, norm_bias=torch.ones(1)), ValueError, "norm_bias.shape"
     yield "activation", replace(good, activation="swish"), ValueError, "activation='swish'"
+    yield "quantization", replace(good, quantization=8), ValueError, "quantization=8"
     yield "activation_none", replace(good, activation=None), ValueError, "activation=None"
 
 
@@ -217,6 +219,20 @@ def wrong_ffn():
 def test_validate_names_what_is_wrong(packed, error, message):
     with pytest.raises(error, match=rf"^Packed\w+: {message}.*expected"):
         packed.validate()
+
+
+@pytest.mark.parametrize("packed", [random_attention(4, 6, 10), random_ffn(4, 10)], ids=["a", "f"])
+def test_quantization_is_kept(packed):
+    packed = replace(packed, quantization="int8").validate()
+    leaves, structure = _pytree.tree_flatten(packed)
+    for other in (
+        packed.prefix(2),
+        packed.permuted(torch.arange(4).flip(0)),
+        packed.with_elastic(packed.elastic()),
+        converted(packed),
+        _pytree.tree_unflatten(leaves, structure),
+    ):
+        assert other.quantization == "int8"
 
 
 def test_layernorm_may_stay_float32_beside_half_precision():

@@ -50,6 +50,10 @@ def large(call):
     return f"factor={call.factor}, expected at most 10" if call.factor > 10 else None
 
 
+def negative(call):
+    return f"factor={call.factor}, expected at least 0" if call.factor < 0 else None
+
+
 def make_op(name, backends=()):
     return Op(
         name,
@@ -72,6 +76,7 @@ TRAINING = Backend(
 ABSENT = Backend("absent", "cpu", unavailable=lambda: "the extension is not built")
 ELSEWHERE = Backend("elsewhere", "cuda", run=scale_kernel)
 
+NARROW = Backend("narrow", "cpu", run=scale_kernel, scope=negative, why_not=large)
 OPT_IN = Backend("opt_in", "cpu", run=scale_kernel, why_not=large, unproven="no run proves it")
 
 # Operators live as long as the process, so the table of these tests is made once.
@@ -80,7 +85,8 @@ TOY_INFERENCE = make_op("toy_inference", (INFERENCE,))
 TOY_FOREIGN = make_op("toy_foreign", (ELSEWHERE,))
 TOY_OPT_IN = make_op("toy_opt_in", (OPT_IN,))
 TOY_OPT_IN_FIRST = make_op("toy_opt_in_first", (OPT_IN, INFERENCE))
-TOYS = (TOY, TOY_INFERENCE, TOY_FOREIGN, TOY_OPT_IN, TOY_OPT_IN_FIRST)
+TOY_NARROW = make_op("toy_narrow", (NARROW,))
+TOYS = (TOY, TOY_INFERENCE, TOY_FOREIGN, TOY_NARROW, TOY_OPT_IN, TOY_OPT_IN_FIRST)
 for toy in TOYS:
     del OPS[toy.name]
 
@@ -165,6 +171,22 @@ def test_strict_makes_the_fall_back_an_error(monkeypatch):
     with pytest.raises(NotImplementedError, match=message):
         TOY(ScaleCall(ones(), 20.0))
     assert TOY_FOREIGN(ScaleCall(ones(), 20.0)).tolist() == [120, 120, 120]
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
+def test_what_is_out_of_scope_runs_on_the_reference_in_silence(monkeypatch, strict):
+    monkeypatch.setattr(_op, "_strict", strict)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert TOY_NARROW(ScaleCall(ones(), -2.0)).tolist() == [98, 98, 98]
+        assert TOY_INFERENCE(ScaleCall(ones(requires_grad=True), 2.0)).tolist() == [102, 102, 102]
+    with use_backend("narrow"), pytest.raises(NotImplementedError, match=r"narrow: factor=-2\.0, "):
+        TOY_NARROW(ScaleCall(ones(), -2.0))
+
+
+def test_what_is_in_scope_and_cannot_run_warns():
+    with pytest.warns(RuntimeWarning, match=r"toy_narrow: running on the reference.*factor=20\.0"):
+        TOY_NARROW(ScaleCall(ones(), 20.0))
 
 
 @pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
@@ -266,9 +288,21 @@ def test_a_native_backend_compiles_and_exports():
     hidden = ones(requires_grad=True)
     compiled(hidden).sum().backward()
     assert hidden.grad.tolist() == [2, 2, 2]
-    program = torch.export.export(Module(), (ones(),))
+    with use_backend("inference"):
+        program = torch.export.export(Module(), (ones(),))
     assert "dynabert.toy.inference" in program.graph_module.code
     assert program.module()(ones()).tolist() == [3, 3, 3]
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["nonstrict", "strict"])
+def test_exporters_get_the_reference_unless_one_is_forced(strict):
+    class Module(torch.nn.Module):
+        def forward(self, hidden):
+            return TOY(ScaleCall(hidden, 2.0))
+
+    program = torch.export.export(Module(), (ones(),), strict=strict)
+    assert "dynabert" not in program.graph_module.code
+    assert program.module()(ones()).tolist() == [102, 102, 102]
 
 
 def test_the_compiled_choice_follows_use_backend():

@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 
 import dynabert
 
-# Odd on purpose: a head dim of 5, a vocabulary that is no power of two.
+# Odd on purpose: the smallest head dim that kernels take, a vocabulary that is no power of two.
 SIZES = {
     "vocab_size": 101,
-    "hidden_size": 60,
+    "hidden_size": 96,
     "num_attention_heads": 12,
     "intermediate_size": 84,
     "max_position_embeddings": 40,

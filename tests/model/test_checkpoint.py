@@ -187,7 +187,7 @@ def test_weights_a_checkpoint_lacks_are_initialised_and_named(
     )
     assert info["missing_keys"] == {"classifier.weight", "classifier.bias"}
     assert "classifier.weight" in reports.text and f"from: {tmp_path}" in reports.text
-    assert model.classifier.weight.shape == (5, 60)
+    assert model.classifier.weight.shape == (5, 96)
     assert not model.classifier.bias.any()
     assert 0.01 < model.classifier.weight.std() < 0.03
 
@@ -212,7 +212,7 @@ def test_an_incomplete_sublayer_is_reported_and_initialised(
     assert "encoder.layer.3.attention.qkv_weight" in reports.text
     attention, ffn = model.encoder.layer[3].attention, model.encoder.layer[4].ffn
     assert 0.01 < attention.qkv_weight.std() < 0.03 and 0.01 < ffn.up_weight.std() < 0.03
-    assert torch.equal(attention.norm_weight, torch.ones(60))
+    assert torch.equal(attention.norm_weight, torch.ones(96))
     assert not attention.qkv_bias.any() and not ffn.norm_bias.any()
 
 
@@ -243,7 +243,7 @@ def test_another_number_of_labels_needs_consent(make_hf: Any, tmp_path: Path) ->
     model = DynaBertForSequenceClassification.from_pretrained(
         tmp_path, num_labels=7, ignore_mismatched_sizes=True
     )
-    assert model.classifier.weight.shape == (7, 60) and model.classifier.weight.isfinite().all()
+    assert model.classifier.weight.shape == (7, 96) and model.classifier.weight.isfinite().all()
 
 
 def test_a_checkpoint_of_another_size_than_its_config_is_one_error(
@@ -253,7 +253,7 @@ def test_a_checkpoint_of_another_size_than_its_config_is_one_error(
     theirs.save_pretrained(tmp_path)
     theirs.config.hidden_size, theirs.config.num_attention_heads = 72, 12
     theirs.config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"query.weight has shape \[60, 60\], expected \[72, 72\]"):
+    with pytest.raises(ValueError, match=r"query.weight has shape \[96, 96\], expected \[72, 72\]"):
         DynaBertModel.from_pretrained(tmp_path)
 
 

@@ -128,7 +128,7 @@ def test_an_empty_batch_is_defined(make_hf: Any, ours: Any) -> None:
     for mask in (None, torch.ones(0, 7, dtype=torch.long)):
         output = model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
         assert output.logits.shape == (0, 3)
-        assert [state.shape for state in output.hidden_states] == [(0, 7, 60)] * 7
+        assert [state.shape for state in output.hidden_states] == [(0, 7, 96)] * 7
     assert model(input_ids=ids, subnet=[]).logits.shape == (0, 3)
 
 
@@ -222,11 +222,11 @@ def test_the_warning_about_pairs_is_said_once(make_hf: Any, ours: Any, make_batc
         ({"input_ids": torch.ones(19, dtype=torch.long)}, ValueError, r"input_ids.shape=\[19\]"),
         ({"input_ids": [[1, 2]]}, TypeError, r"input_ids=\[\[1, 2\]\], expected an integer"),
         ({"input_ids": None}, ValueError, "neither of input_ids and inputs_embeds"),
-        ({"inputs_embeds": torch.ones(3, 19, 60)}, ValueError, "both of input_ids"),
+        ({"inputs_embeds": torch.ones(3, 19, 96)}, ValueError, "both of input_ids"),
         (
             {"input_ids": None, "inputs_embeds": torch.ones(3, 19, 59)},
             ValueError,
-            r"expected \[batch_size, seq_len, 60\]",
+            r"expected \[batch_size, seq_len, 96\]",
         ),
         ({"token_type_ids": torch.ones(3, 19)}, TypeError, "token_type_ids=torch.float32"),
         (

@@ -43,6 +43,7 @@ class Clock(nn.Module):
         self.config = BertConfig()
         self.calls: list[SubnetConfig] = []
         self.costs_ms: dict[str, Iterator[float]] = {}
+        self.quantization: str | None = None
 
     def perf_counter(self) -> float:
         return self.now

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from dynabert_kernels.layout import PackedAttention
 from dynabert_kernels.ops import _checks
-from dynabert_kernels.ops._op import Op
-from dynabert_kernels.ops.attention import _reference, _triton
+from dynabert_kernels.ops._op import Op, needs_gradients
+from dynabert_kernels.ops._sublayer import compute_name
+from dynabert_kernels.ops.attention import _cpu, _reference, _triton
 
 _WHO = "attention"
 
@@ -28,6 +29,7 @@ class AttentionCall(NamedTuple):
     attention_dropout_p: float
     seed: int | None
     attn_mask: Tensor | None
+    compute: str
 
     def arguments(self) -> tuple[Any, ...]:
         """The arguments in the order of the schema."""
@@ -48,11 +50,13 @@ class AttentionCall(NamedTuple):
             self.dropout_p,
             self.attention_dropout_p,
             self.seed,
+            self.compute,
         )
 
     def describe(self) -> str:
         """Sizes for an error message."""
-        return f"hidden_size {self.weights.hidden_size}, head_dim {self.weights.head_dim}"
+        sizes = f"hidden_size {self.weights.hidden_size}, head_dim {self.weights.head_dim}"
+        return f"{sizes}, computed in {self.compute}"
 
 
 def _fake(hidden: Tensor, *_: Any) -> Tensor:
@@ -71,12 +75,12 @@ ATTENTION: Op[AttentionCall] = Op(
         "(Tensor hidden, Tensor qkv_weight, Tensor qkv_bias, Tensor out_weight, Tensor out_bias, "
         "Tensor norm_weight, Tensor norm_bias, float norm_eps, "
         "SymInt num_heads, Tensor? num_heads_each, Tensor cu_seqlens, SymInt max_seqlen, "
-        "float dropout_p, float attention_dropout_p, SymInt? seed) -> Tensor"
+        "float dropout_p, float attention_dropout_p, SymInt? seed, str compute) -> Tensor"
     ),
     fake=_fake,
     reference=_reference.attention,
     why_not_native=_why_not_native,
-    backends=(_triton.BACKEND,),
+    backends=(_cpu.BACKEND, _triton.BACKEND),
 )
 
 
@@ -98,7 +102,7 @@ def attention(
     sequence, and reads no other weight (DynaBERT, section 3.1). The softmax scale is
     ``1 / sqrt(head_dim)`` whatever the width. Half-precision tokens may come with float32
     weights, and ``torch.autocast`` sets the dtype of the matrix products; LayerNorm is computed
-    in float32.
+    in float32. Quantised weights (`dynabert_kernels.quantization`) have no gradients.
 
     Args:
         hidden: Tokens, ``[total_tokens, hidden_size]``; float32, bfloat16, float16 or float64.
@@ -124,7 +128,8 @@ def attention(
     Raises:
         TypeError: An argument has the wrong type or dtype.
         ValueError: A shape, dtype, device or size is out of range.
-        NotImplementedError: No backend may run this call; the message lists each reason.
+        NotImplementedError: No backend may run this call, and the message lists each reason; or
+            gradients of quantised weights are needed.
     """
     if not isinstance(weights, PackedAttention):
         raise TypeError(
@@ -155,7 +160,10 @@ def attention(
         attention_dropout_p,
         seed,
         attn_mask,
+        compute_name(hidden, weights.quantization),
     )
+    if weights.quantization is not None and needs_gradients(call):
+        _checks.refuse_gradients(_WHO, weights.quantization)
     if attn_mask is not None:
         _check_mask(call, attn_mask)
     return ATTENTION(call)

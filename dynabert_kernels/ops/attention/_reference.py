@@ -5,7 +5,8 @@ Letters: T total_tokens, B batch_size, S max_seqlen, H heads in use, D head_dim,
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +18,16 @@ from dynabert_kernels.ops._checks import check_not_compiling, check_width_values
 from dynabert_kernels.ops._sublayer import (
     WidthGroups,
     add_norm,
-    compute_dtype,
     hidden_dropout,
     nested_prefixes,
+    token_dtype,
     token_numbers,
+)
+from dynabert_kernels.quantization import (
+    QuantizedWeight,
+    integer_product,
+    quantize_channels,
+    quantize_rows,
 )
 from dynabert_kernels.varlen import offsets_of, position_in_sequence, sequence_of_token
 
@@ -30,30 +37,107 @@ if TYPE_CHECKING:
 
 def attention(call: AttentionCall) -> Tensor:
     """Run one call; see `dynabert_kernels.ops.attention.attention`."""
+    if call.compute == "int8":
+        with torch.autocast(call.hidden.device.type, enabled=False):
+            return _sublayer(call)
+    return _sublayer(call)
+
+
+def _sublayer(call: AttentionCall) -> Tensor:
     weights, hidden = call.weights, call.hidden
-    inputs = hidden.to(compute_dtype(hidden))
+    inputs = hidden.to(token_dtype(call.compute))
     if call.num_heads_each is not None and hidden.shape[0] > 0:
         projected = _project_by_width(call, inputs)
     else:
         tokens = slice(0, hidden.shape[0])
-        projected = _project(call, inputs, weights.prefix(call.num_heads), tokens)
+        all_heads = Int8Attention.of(weights) if call.compute == "int8" else weights
+        projected = _project(call, inputs, all_heads.prefix(call.num_heads), tokens)
     dropped = hidden_dropout(projected, call.dropout_p, call.seed)
     return add_norm(dropped, hidden, weights.norm_weight, weights.norm_bias, weights.norm_eps)
 
 
+class Int8Attention(NamedTuple):
+    """The products of a sublayer in integers, as `dynabert_kernels.quantization` defines them."""
+
+    qkv: QuantizedWeight
+    qkv_bias: Tensor
+    out: QuantizedWeight
+    out_bias: Tensor
+
+    @classmethod
+    def of(cls, weights: PackedAttention) -> Int8Attention:
+        """Quantise all heads, so that every width has the same integers and scales.
+
+        Raises:
+            ValueError: A weight is not finite.
+        """
+        return cls(
+            quantize_rows("qkv_weight", weights.qkv_weight),
+            weights.qkv_bias.float(),
+            quantize_channels("out_weight", weights.out_weight),
+            weights.out_bias.float(),
+        )
+
+    @property
+    def num_heads(self) -> int:
+        """Heads these products hold."""
+        return self.qkv_bias.shape[0]
+
+    @property
+    def head_dim(self) -> int:
+        """Size of a head."""
+        return self.qkv_bias.shape[2]
+
+    def prefix(self, num_heads: int) -> Int8Attention:
+        """The first heads, with the scales of all."""
+        qkv, out = self.qkv, self.out
+        return self._replace(
+            qkv=QuantizedWeight(qkv.values[:num_heads], qkv.scales[:num_heads]),
+            qkv_bias=self.qkv_bias[:num_heads],
+            out=QuantizedWeight(out.values[:num_heads], out.scales),
+        )
+
+    def project_in(self, inputs: Tensor) -> Tensor:
+        """``[n, C]`` to ``[n, H * 3 * D]``, float32."""
+        values = self.qkv.values.flatten(0, 2).t()
+        return integer_product(inputs, values) * self.qkv.scales.flatten() + self.qkv_bias.flatten()
+
+    def project_out(self, context: Tensor) -> Tensor:
+        """``[n, H * D]`` to ``[n, C]``, float32."""
+        product = integer_product(context, self.out.values.flatten(0, 1))
+        return product * self.out.scales + self.out_bias
+
+
+def _project_in(inputs: Tensor, weights: PackedAttention | Int8Attention) -> Tensor:
+    if isinstance(weights, Int8Attention):
+        return weights.project_in(inputs)
+    rows, dtype = 3 * weights.num_heads * weights.head_dim, inputs.dtype
+    return F.linear(
+        inputs,
+        weights.qkv_weight.reshape(rows, weights.hidden_size).to(dtype),
+        weights.qkv_bias.reshape(rows).to(dtype),
+    )
+
+
+def _project_out(context: Tensor, weights: PackedAttention | Int8Attention) -> Tensor:
+    if isinstance(weights, Int8Attention):
+        return weights.project_out(context)
+    matrix = weights.out_weight.reshape(context.shape[1], weights.hidden_size)
+    return torch.addmm(weights.out_bias.to(context.dtype), context, matrix.to(context.dtype))
+
+
 def _project(
-    call: AttentionCall, inputs: Tensor, weights: PackedAttention, tokens: Tensor | slice
+    call: AttentionCall,
+    inputs: Tensor,
+    weights: PackedAttention | Int8Attention,
+    tokens: Tensor | slice,
 ) -> Tensor:
     """From tokens to what is added to them, ``[n, C]`` to ``[n, C]``: all sequences of `call` at
     one width; `tokens` are their places in the whole batch."""
-    total_tokens, dtype = inputs.shape[0], inputs.dtype
+    total_tokens = inputs.shape[0]
     heads, head_dim = weights.num_heads, weights.head_dim
     inner = heads * head_dim
-    qkv = F.linear(
-        inputs,
-        weights.qkv_weight.reshape(3 * inner, weights.hidden_size).to(dtype),
-        weights.qkv_bias.reshape(3 * inner).to(dtype),
-    )
+    qkv = _project_in(inputs, weights)
     batch_size, seq_len = call.cu_seqlens.shape[0] - 1, call.max_seqlen
     by_head = (batch_size, seq_len, heads, 3, head_dim)
     if total_tokens == batch_size * seq_len:
@@ -68,11 +152,7 @@ def _project(
         seen = _seen_keys(call.cu_seqlens, seq_len)
         context = _attend(padded.view(by_head), seen, call, tokens, slots)
         context = context.reshape(batch_size * seq_len, inner).index_select(0, slots)
-    return torch.addmm(
-        weights.out_bias.to(dtype),
-        context,
-        weights.out_weight.reshape(inner, weights.hidden_size).to(dtype),
-    )
+    return _project_out(context, weights)
 
 
 def _padded_slots(cu_seqlens: Tensor, total_tokens: int, seq_len: int) -> Tensor:
@@ -163,7 +243,12 @@ def _project_by_width(call: AttentionCall, inputs: Tensor) -> Tensor:
     check_width_values("attention", "num_heads", widths, call.weights.num_heads, "heads")
     device = inputs.device
     by_width = WidthGroups(widths, call.cu_seqlens.tolist(), device)
-    prefixes = nested_prefixes(call.weights, widths, inputs.dtype)
+    prefixes: Mapping[int, PackedAttention | Int8Attention]
+    if call.compute == "int8":
+        quantized = Int8Attention.of(call.weights)
+        prefixes = {width: quantized.prefix(width) for width in widths}
+    else:
+        prefixes = nested_prefixes(call.weights, widths, inputs.dtype)
     projected = []
     for group, part in zip(by_width.groups, by_width.split(inputs), strict=True):
         mask = call.attn_mask

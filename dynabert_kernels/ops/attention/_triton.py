@@ -25,6 +25,7 @@ def why_not(call: AttentionCall) -> str | None:
         (weights.qkv_weight, weights.out_weight),
         widths=call.num_heads_each,
         dropout=call.dropout_p > 0 or call.attention_dropout_p > 0,
+        quantization=weights.quantization,
     )
 
 
@@ -44,6 +45,7 @@ def attention(
     dropout_p: float,
     attention_dropout_p: float,
     seed: int | None,
+    compute: str,
 ) -> Tensor:
     """Run one call that `why_not` lets through; arguments as in the op's schema."""
     from dynabert_kernels.triton import launch

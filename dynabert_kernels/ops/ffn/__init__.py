@@ -9,8 +9,9 @@ from torch import Tensor
 
 from dynabert_kernels.layout import PackedFFN
 from dynabert_kernels.ops import _checks
-from dynabert_kernels.ops._op import Op
-from dynabert_kernels.ops.ffn import _reference, _triton
+from dynabert_kernels.ops._op import Op, needs_gradients
+from dynabert_kernels.ops._sublayer import compute_name
+from dynabert_kernels.ops.ffn import _cpu, _reference, _triton
 
 _WHO = "ffn"
 
@@ -25,6 +26,7 @@ class FFNCall(NamedTuple):
     cu_seqlens: Tensor | None
     dropout_p: float
     seed: int | None
+    compute: str
 
     def arguments(self) -> tuple[Any, ...]:
         """The arguments in the order of the schema."""
@@ -44,11 +46,15 @@ class FFNCall(NamedTuple):
             self.cu_seqlens,
             self.dropout_p,
             self.seed,
+            self.compute,
         )
 
     def describe(self) -> str:
         """Sizes for an error message."""
-        return f"hidden_size {self.weights.hidden_size}, {self.weights.activation}"
+        weights = self.weights
+        return (
+            f"hidden_size {weights.hidden_size}, {weights.activation}, computed in {self.compute}"
+        )
 
 
 def _fake(hidden: Tensor, *_: Any) -> Tensor:
@@ -61,11 +67,11 @@ FFN: Op[FFNCall] = Op(
         "(Tensor hidden, Tensor up_weight, Tensor up_bias, Tensor down_weight, Tensor down_bias, "
         "Tensor norm_weight, Tensor norm_bias, float norm_eps, str activation, "
         "SymInt intermediate_size, Tensor? intermediate_sizes, Tensor? cu_seqlens, "
-        "float dropout_p, SymInt? seed) -> Tensor"
+        "float dropout_p, SymInt? seed, str compute) -> Tensor"
     ),
     fake=_fake,
     reference=_reference.ffn,
-    backends=(_triton.BACKEND,),
+    backends=(_cpu.BACKEND, _triton.BACKEND),
 )
 
 
@@ -83,7 +89,7 @@ def ffn(
     Computes ``LayerNorm(dropout(act(hidden @ up[:n].T + up_bias[:n]) @ down[:n] + down_bias) +
     hidden)`` and reads no other weight (DynaBERT, section 3.1). Half-precision tokens may come
     with float32 weights, and ``torch.autocast`` sets the dtype of the matrix products; LayerNorm
-    is computed in float32.
+    is computed in float32. Quantised weights (`dynabert_kernels.quantization`) have no gradients.
 
     Args:
         hidden: Tokens, ``[total_tokens, hidden_size]``; float32, bfloat16, float16 or float64.
@@ -103,7 +109,8 @@ def ffn(
     Raises:
         TypeError: An argument has the wrong type or dtype.
         ValueError: A shape, dtype, device or size is out of range.
-        NotImplementedError: No backend may run this call; the message lists each reason.
+        NotImplementedError: No backend may run this call, and the message lists each reason; or
+            gradients of quantised weights are needed.
     """
     if not isinstance(weights, PackedFFN):
         raise TypeError(
@@ -123,4 +130,8 @@ def ffn(
     else:
         _checks.check_width(_WHO, "intermediate_size", intermediate_size, limit, "neurons")
     _checks.check_dropout(_WHO, "dropout_p", dropout_p, seed)
-    return FFN(FFNCall(hidden, weights, intermediate_size, sizes, cu_seqlens, dropout_p, seed))
+    compute = compute_name(hidden, weights.quantization)
+    call = FFNCall(hidden, weights, intermediate_size, sizes, cu_seqlens, dropout_p, seed, compute)
+    if weights.quantization is not None and needs_gradients(call):
+        _checks.refuse_gradients(_WHO, weights.quantization)
+    return FFN(call)

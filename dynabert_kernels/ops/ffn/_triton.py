@@ -21,6 +21,7 @@ def why_not(call: FFNCall) -> str | None:
         (call.weights.up_weight, call.weights.down_weight),
         widths=call.intermediate_sizes,
         dropout=call.dropout_p > 0,
+        quantization=call.weights.quantization,
     )
 
 
@@ -39,6 +40,7 @@ def ffn(
     cu_seqlens: Tensor | None,
     dropout_p: float,
     seed: int | None,
+    compute: str,
 ) -> Tensor:
     """Run one call that `why_not` lets through; arguments as in the op's schema."""
     from dynabert_kernels.triton import launch

@@ -58,7 +58,7 @@ BatchSize = Annotated[int, typer.Option(help="Sequences per forward pass.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens per sequence.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; default: PyTorch's choice.")]
 Device = Annotated[str, typer.Option(metavar="NAME", help="cpu or cuda.")]
-Dtype = Annotated[str, typer.Option(metavar="NAME", help="float32, bfloat16 or float16.")]
+Dtype = Annotated[str, typer.Option(metavar="NAME", help="float32, bfloat16, float16 or int8.")]
 Backend = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="Backend of every operator; default: chosen per call."),
@@ -100,14 +100,15 @@ def parse_device(name: str | None) -> str:
 
 
 def parse_dtype(name: str) -> torch.dtype:
-    """A floating-point type by its name.
+    """The type a model is timed in by its name, as `measure_latency` takes it.
 
     Raises:
-        ValueError: Not one of those a model is timed in.
+        ValueError: There is no such type.
     """
     import torch
 
-    allowed = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    names = ("float32", "bfloat16", "float16", "int8")
+    allowed: dict[str, torch.dtype] = {name: getattr(torch, name) for name in names}
     if name not in allowed:
         raise ValueError(f"--dtype: {name!r}, expected one of {', '.join(allowed)}.")
     return allowed[name]

@@ -1,0 +1,62 @@
+"""Prepared weights: the forms in which backend ``cpu`` keeps the matrices it has multiplied with.
+
+A form is derived from a whole weight tensor and serves every width; it is built by the first call
+that needs it, kept while the tensor lives, and built again once the tensor has changed. Nothing of
+it is ever saved.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from torch import Tensor
+
+from dynabert_kernels import _extension
+from dynabert_kernels.layout import PackedAttention, PackedFFN
+from dynabert_kernels.ops._cpu import kernels_missing
+
+
+def _module() -> ModuleType | None:
+    return _extension.cpu_extension() if kernels_missing() is None else None
+
+
+def prepared_bytes() -> int:
+    """Memory that prepared weights take now; 0 where there are no C++ kernels."""
+    module = _module()
+    return 0 if module is None else int(module.prepared_stats()["bytes"])
+
+
+def clear_prepared() -> None:
+    """Free all prepared weights; calls that need some build them again."""
+    module = _module()
+    if module is not None:
+        module.clear_prepared()
+
+
+def invalidate(weights: PackedAttention | PackedFFN | Tensor) -> int:
+    """Free the prepared forms of some weights, after a write that torch does not count.
+
+    A write through PyTorch raises a tensor's version, which is noticed. Not counted are writes
+    through `Tensor.data`, through NumPy or a pointer, and any to inference tensors (made under
+    ``torch.inference_mode``), which have no version: without this call the next one would compute
+    with the former values.
+
+    Args:
+        weights: The sublayer, or one of its tensors.
+
+    Returns:
+        How many forms were freed; 0 where there are no C++ kernels.
+
+    Raises:
+        TypeError: `weights` is something else.
+    """
+    if not isinstance(weights, (PackedAttention, PackedFFN, Tensor)):
+        raise TypeError(
+            f"invalidate: weights={type(weights).__name__}, expected PackedAttention, PackedFFN or "
+            "a Tensor. For a model, call it for each sublayer's packed()."
+        )
+    module = _module()
+    if module is None:
+        return 0
+    tensors = [weights] if isinstance(weights, Tensor) else list(vars(weights).values())
+    return sum(int(module.invalidate_prepared(t)) for t in tensors if isinstance(t, Tensor))
