@@ -9,7 +9,8 @@ AdamW. Peers:
 - ``loop``: `benchmarks.sliced_bert`, each subnet in its own forward and backward pass, the teacher
   once per width.
 - ``loop-compiled``: the same with compiled layers.
-- ``ours``: `dynabert.training.step`, as the trainer runs it.
+- ``ours``: `dynabert.training.step`, as the trainer runs it; ``ours-reference`` and ``ours-cpu``
+  with that backend forced, ``ours`` with the automatic choice.
 
 All start from the same weights; before timing, the losses and gradients of the peers are compared
 without dropout. Peers take turns on each batch.
@@ -44,6 +45,7 @@ from dynabert.training.losses import hidden_state_loss, soft_cross_entropy
 from dynabert.training.row_order import RowOrder
 from dynabert.training.step import Batch, Share, StepLosses
 from dynabert.training.subnet_plan import PlannedSubnet, SubnetPlan
+from dynabert_kernels import use_backend
 
 Inputs = dict[str, Tensor]
 _BATCH_SIZE = 32
@@ -94,13 +96,19 @@ class Ours(Peer):
         teacher: DynaBertForSequenceClassification,
         stage: Stage,
         planned: list[PlannedSubnet],
+        backend: str | None = None,
     ) -> None:
         super().__init__(student)
         self._teacher, self._planned = teacher.eval(), planned
         self._losses = StepLosses(stage, "classification", "mean")
+        self._backend = backend
 
     def losses(self, inputs: Inputs, clock: Clock) -> list[float]:
         """See `Peer.losses`."""
+        with use_backend(self._backend):
+            return self._run(inputs, clock)
+
+    def _run(self, inputs: Inputs, clock: Clock) -> list[float]:
         batch = Batch(inputs, Share())
         with clock.part("teacher"):
             taught_by = [item.teacher for item in self._planned if item.teacher is not None]
@@ -173,8 +181,9 @@ def make_peers(
     shapes = {item.teacher: model.subnet_shape(item.teacher) for item in planned}
     peers: dict[str, Peer] = {}
     for name in names:
-        if name == "ours":
-            peers[name] = Ours(load(), load(), stage, planned)
+        kind, _, backend = name.partition("-")
+        if kind == "ours":
+            peers[name] = Ours(load(), load(), stage, planned, backend or None)
             continue
         student, teacher = SlicedBert(load()), SlicedBert(load())
         if name == "loop-compiled":

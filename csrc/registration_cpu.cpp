@@ -15,11 +15,14 @@
 #include <vector>
 
 #include "attention/attention.h"
+#include "attention/attention_training.h"
 #include "cpu/isa.h"
 #include "cpu/peak.h"
 #include "cpu/prepared.h"
 #include "cpu/work.h"
+#include "encoder/encoder.h"
 #include "ffn/ffn.h"
+#include "ffn/ffn_training.h"
 #include "layout.h"
 
 namespace dynabert {
@@ -90,6 +93,11 @@ at::Tensor activate(const std::string& name, const at::Tensor& x) {
 TORCH_LIBRARY_IMPL(dynabert, CPU, m) {
   m.impl("ffn.cpu", &dynabert::ffn_cpu);
   m.impl("attention.cpu", &dynabert::attention_cpu);
+  m.impl("encoder.cpu", &dynabert::encoder_cpu);
+  m.impl("ffn.cpu_training", &dynabert::ffn_cpu_training);
+  m.impl("ffn.cpu_backward", &dynabert::ffn_cpu_backward);
+  m.impl("attention.cpu_training", &dynabert::attention_cpu_training);
+  m.impl("attention.cpu_backward", &dynabert::attention_cpu_backward);
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

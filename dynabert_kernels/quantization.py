@@ -17,7 +17,7 @@ from torch import Tensor
 LARGEST = 127
 """The largest magnitude of a quantised number; -128 is not used."""
 
-NEURON_GROUP = 512
+NEURON_GROUP = 384
 """Neurons that share a token's scale in the down product: the block that a kernel keeps in cache
 between the two products of a feed-forward sublayer."""
 

@@ -7,7 +7,15 @@
 #include <optional>
 #include <string>
 
+#include "cpu/work.h"
+
 namespace dynabert {
+
+// Runs checked arguments at one width, or block by block where `blocks` are given.
+void run_attention(const AttentionArgs& args, const std::vector<TokenBlock>& blocks);
+
+// Bytes of AttentionArgs::qkv.
+std::int64_t qkv_bytes(const AttentionPanels& panels, std::int64_t heads, std::int64_t tokens);
 
 at::Tensor attention_cpu(const at::Tensor& hidden, const at::Tensor& qkv_weight,
                          const at::Tensor& qkv_bias, const at::Tensor& out_weight,

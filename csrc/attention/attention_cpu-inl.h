@@ -35,12 +35,9 @@ void attention_qkv(const AttentionArgs& args, std::int64_t first, std::int64_t l
   for (std::int64_t begin = first_panel; begin < last_panel;) {
     const std::int64_t head = begin / head_panels;
     const std::int64_t end = smaller(last_panel, (head + 1) * head_panels);
-    const Panels weights{panels.data + head * panels.head_bytes,
-                         panel_bytes,
-                         panels.qkv_steps,
-                         1,
-                         0,
-                         kTilePanels * panel_bytes};
+    const std::byte* of_head = panels.data + head * panels.head_bytes;
+    const Panels weights{of_head, panel_bytes, panels.qkv_steps,
+                         1,       0,           {of_head + panels.head_bytes, panel_bytes}};
     const std::int64_t lanes = head * head_panels * kLanes;
     multiply<Dot>(
         tokens.units, tokens.stride, last - first, weights, begin - head * head_panels,
@@ -115,8 +112,8 @@ KeyBlock pack_block(const Element* keys, const Element* values, std::int64_t cou
   std::byte* value_room = room + ceil_div(count, kLanes) * key_steps * kStepBytes;
   pack_keys(keys, count, dim, room);
   pack_values(values, count, dim, value_room);
-  return {{room, key_steps * kStepBytes, key_steps, 1, 0, 0},
-          {value_room, value_steps * kStepBytes, value_steps, 1, 0, 0},
+  return {{room, key_steps * kStepBytes, key_steps, 1, 0, {}},
+          {value_room, value_steps * kStepBytes, value_steps, 1, 0, {}},
           count};
 }
 
@@ -265,7 +262,7 @@ void attention_out(const AttentionArgs& args, const Tokens& context, std::int64_
                        steps,
                        args.heads,
                        panels.head_bytes,
-                       kTilePanels * steps * kStepBytes};
+                       args.next};
   multiply<Dot>(context.units, context.stride, rows, weights, first_panel, last_panel,
                 [&](const Tile& tile, std::int64_t row, std::int64_t count, std::int64_t panel,
                     std::int64_t width) {

@@ -37,6 +37,34 @@ void run_shared(const KernelTable& table, const AttentionArgs& args) {
 
 }  // namespace
 
+std::int64_t qkv_bytes(const AttentionPanels& panels, std::int64_t heads, std::int64_t tokens) {
+  const std::int64_t element = core_of(panels.compute) == Compute::kBFloat16 ? 2 : 4;
+  return heads * 3 * tokens * panels.head_dim * element;
+}
+
+void run_attention(const AttentionArgs& args, const std::vector<TokenBlock>& blocks) {
+  const KernelTable& table = active_table();
+  if (blocks.empty()) return run_shared(table, args);
+  const auto for_blocks = [&](const auto& function) {
+    at::parallel_for(0, static_cast<std::int64_t>(blocks.size()), 1,
+                     [&](std::int64_t first, std::int64_t last) {
+                       for (std::int64_t i = first; i < last; ++i) {
+                         AttentionArgs block = args;
+                         block.heads = blocks[i].width;
+                         function(block, blocks[i]);
+                       }
+                     });
+  };
+  const std::int64_t head_panels = 3 * ceil_div(args.panels->head_dim, kLanes);
+  for_blocks([&](const AttentionArgs& of_block, const TokenBlock& block) {
+    table.attention_qkv(of_block, block.first, block.last, 0, block.width * head_panels);
+  });
+  // Keys and values of a whole sequence are needed from here on.
+  for_blocks([&](const AttentionArgs& of_block, const TokenBlock& block) {
+    table.attention_rows(of_block, block.first, block.last);
+  });
+}
+
 at::Tensor attention_cpu(const at::Tensor& hidden, const at::Tensor& qkv_weight,
                          const at::Tensor& qkv_bias, const at::Tensor& out_weight,
                          const at::Tensor& out_bias, const at::Tensor& norm_weight,
@@ -78,8 +106,6 @@ at::Tensor attention_cpu(const at::Tensor& hidden, const at::Tensor& qkv_weight,
   const std::int64_t heads =
       widths == nullptr ? num_heads : *std::max_element(widths, widths + batch_size);
   ScratchFrame frame;
-  const std::int64_t element = core_of(compute) == Compute::kBFloat16 ? 2 : 4;
-  const KernelTable& table = active_table();
   const auto* offsets = cu_seqlens.const_data_ptr<std::int32_t>();
   const AttentionArgs args{
       &prepared->panels,
@@ -88,30 +114,11 @@ at::Tensor attention_cpu(const at::Tensor& hidden, const at::Tensor& qkv_weight,
       tokens,
       offsets,
       batch_size,
-      frame.take(heads * 3 * tokens * dim * element)};
-  if (widths == nullptr && shares_weights(tokens)) {
-    run_shared(table, args);
-    return output;
-  }
-  const auto blocks = token_blocks(tokens, num_heads, widths, offsets, batch_size);
-  const auto for_blocks = [&](const auto& function) {
-    at::parallel_for(0, static_cast<std::int64_t>(blocks.size()), 1,
-                     [&](std::int64_t first, std::int64_t last) {
-                       for (std::int64_t i = first; i < last; ++i) {
-                         AttentionArgs block = args;
-                         block.heads = blocks[i].width;
-                         function(block, blocks[i]);
-                       }
-                     });
-  };
-  for_blocks([&](const AttentionArgs& of_block, const TokenBlock& block) {
-    table.attention_qkv(of_block, block.first, block.last, 0,
-                        block.width * 3 * ceil_div(dim, kLanes));
-  });
-  // Keys and values of a whole sequence are needed from here on.
-  for_blocks([&](const AttentionArgs& of_block, const TokenBlock& block) {
-    table.attention_rows(of_block, block.first, block.last);
-  });
+      frame.take(qkv_bytes(prepared->panels, heads, tokens)),
+      {}};
+  run_attention(args, widths == nullptr && shares_weights(tokens)
+                          ? std::vector<TokenBlock>{}
+                          : token_blocks(tokens, num_heads, widths, offsets, batch_size));
   return output;
 }
 

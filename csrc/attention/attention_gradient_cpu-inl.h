@@ -9,10 +9,11 @@ constexpr std::int64_t kGradientRows = 64;
 
 // Rows of one head of one sequence within [T][H][parts][D].
 template <class Dot>
-Matrix head_matrix(const CoreArgs& args, const void* base, std::int64_t parts, std::int64_t sequence,
-                   std::int64_t head, std::int64_t part) {
+Matrix head_matrix(const CoreArgs& args, const void* base, std::int64_t parts,
+                   std::int64_t sequence, std::int64_t head, std::int64_t part) {
   const std::int64_t stride = args.num_heads * parts * args.head_dim;
-  const std::int64_t at = args.cu_seqlens[sequence] * stride + (head * parts + part) * args.head_dim;
+  const std::int64_t at =
+      args.cu_seqlens[sequence] * stride + (head * parts + part) * args.head_dim;
   return {kElementOf<Dot>, static_cast<const std::byte*>(base) + at * (4 / kUnit<Dot>), stride};
 }
 template <class Dot>
@@ -29,7 +30,8 @@ const std::uint32_t* units_of(const Matrix& matrix) {
 template <class Dot>
 Operand rows_as_outputs(const Matrix& matrix, std::int64_t rows, std::int64_t dim,
                         ScratchFrame& frame) {
-  const std::int64_t panels = ceil_div(rows, kLanes), bytes = ceil_div(dim, kUnit<Dot>) * kStepBytes;
+  const std::int64_t panels = ceil_div(rows, kLanes),
+                     bytes = ceil_div(dim, kUnit<Dot>) * kStepBytes;
   const Operand operand{static_cast<std::byte*>(frame.take(panels * bytes)), bytes};
   pack_outputs<Dot>(matrix, rows, dim, 0, panels, operand);
   return operand;
@@ -68,8 +70,8 @@ void core_forward(const CoreArgs& args, std::int64_t sequence, std::int64_t head
   for (std::int64_t at = 0; at < length; at += kQueryRows) {
     const std::int64_t rows = smaller(kQueryRows, length - at);
     const Matrix tile = rows_from<Dot>(queries, at);
-    add_product<Dot>(units_of<Dot>(tile), tile.stride / kUnit<Dot>, rows, keys, 0, dim, length, true,
-                     scores, keys16);
+    add_product<Dot>(units_of<Dot>(tile), tile.stride / kUnit<Dot>, rows, keys, 0, dim, length,
+                     true, scores, keys16);
     float share[kQueryRows];
     for (std::int64_t row = 0; row < rows; ++row) {
       float* score = scores + row * keys16;
@@ -94,7 +96,7 @@ void core_forward(const CoreArgs& args, std::int64_t sequence, std::int64_t head
       args.log_sum[head * args.num_tokens + begin + at + row] = top + __builtin_log2f(sum);
     }
     product_of_rows<Dot>(static_cast<const std::uint32_t*>(chances), keys16 / kUnit<Dot>, rows,
-                         values, length, d16, sums, d16);
+                         values, round_up(length, kUnit<Dot>), d16, sums, d16);
     for (std::int64_t row = 0; row < rows; ++row) {
       for (std::int64_t d = 0; d < dim; d += kLanes) {
         store_element(kElementOf<Dot>, const_cast<void*>(context.data),
@@ -126,7 +128,8 @@ void add_transposed(const void* columns, std::int64_t stride, std::int64_t rows,
   constexpr std::int64_t kStride = round_up(ceil_div(kGradientRows, kUnit<Dot>), kLanes);
   stage_columns<Dot>({kElementOf<Dot>, columns, stride}, rows, 0, keys, kStride, staged, nullptr);
   const std::int64_t d16 = round_up(dim, kLanes);
-  add_product<Dot>(staged, kStride, keys, other, 0, round_up(rows, kUnit<Dot>), d16, set, sums, d16);
+  add_product<Dot>(staged, kStride, keys, other, 0, round_up(rows, kUnit<Dot>), d16, set, sums,
+                   d16);
 }
 
 template <class Dot>

@@ -1,12 +1,17 @@
-// Dropout masks from counters, compiled once per instruction set: forward and backward draw the same
-// mask, and none is stored.
+// Dropout masks from counters, compiled once per instruction set: forward and backward draw the
+// same mask, and none is stored.
 //
 // A seeded mask is that of dynabert_kernels/dropout.py, element for element: the first word of
 // Philox-4x32-10 decides. Without a seed of the caller's, all four words decide, 16 bits for each
 // element: an eighth of the work.
 
 // The numbering of a counter's last word keeps the masks under one seed apart.
-enum MaskKind : std::uint32_t { kHiddenSeeded = 0, kAttentionSeeded, kHiddenDrawn, kAttentionDrawn };
+enum MaskKind : std::uint32_t {
+  kHiddenSeeded = 0,
+  kAttentionSeeded,
+  kHiddenDrawn,
+  kAttentionDrawn
+};
 
 struct PhiloxWords {
   I32x16 word[4];
@@ -37,9 +42,9 @@ inline void keep_drawn(const Dropout& dropout, std::uint32_t second, std::uint32
   constexpr std::int64_t kGroup = 8 * kLanes;
   for (std::int64_t at = 0; at < count; at += kGroup) {
     const auto group = static_cast<std::uint32_t>((first + at) / kGroup * kLanes);
-    const PhiloxWords words = philox(dropout.seed, {{add_words(word_lanes(), set1_word(group)),
-                                                     set1_word(second), set1_word(third),
-                                                     set1_word(kind)}});
+    const PhiloxWords words =
+        philox(dropout.seed, {{add_words(word_lanes(), set1_word(group)), set1_word(second),
+                               set1_word(third), set1_word(kind)}});
     for (std::int64_t w = 0; w < 4 && at + 2 * w * kLanes < count; ++w) {
       float* to = keep + at + 2 * w * kLanes;
       store(to, keep_from(to_float(low_halves(words.word[w])), dropout));
@@ -70,10 +75,9 @@ inline void keep_hidden(const Dropout& dropout, std::int64_t token, std::int64_t
       low[i] = static_cast<std::uint32_t>(offset + i);
       high[i] = static_cast<std::uint32_t>((offset + i) >> 32);
     }
-    store(keep + c,
-          keep_seeded(dropout, {{load_int32(reinterpret_cast<const std::int32_t*>(low)),
-                                 load_int32(reinterpret_cast<const std::int32_t*>(high)),
-                                 set1_word(0), set1_word(kHiddenSeeded)}}));
+    store(keep + c, keep_seeded(dropout, {{load_int32(reinterpret_cast<const std::int32_t*>(low)),
+                                           load_int32(reinterpret_cast<const std::int32_t*>(high)),
+                                           set1_word(0), set1_word(kHiddenSeeded)}}));
   }
 }
 
@@ -86,8 +90,7 @@ inline void keep_attention(const Dropout& dropout, std::int64_t head, std::int64
     return keep_drawn(dropout, second, third, kAttentionDrawn, first, count, keep);
   }
   for (std::int64_t key = 0; key < count; key += kLanes) {
-    const I32x16 keys =
-        add_words(word_lanes(), set1_word(static_cast<std::uint32_t>(first + key)));
+    const I32x16 keys = add_words(word_lanes(), set1_word(static_cast<std::uint32_t>(first + key)));
     store(keep + key, keep_seeded(dropout, {{keys, set1_word(second), set1_word(third),
                                              set1_word(kAttentionSeeded)}}));
   }

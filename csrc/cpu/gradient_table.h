@@ -56,9 +56,9 @@ struct TailBackwardArgs {
   const float* norm_weight;  // [C16]
   float eps;
   Dropout dropout;
-  float* total_gradient;    // [T][C16]
-  void* product_gradient;   // [T][C16] of compute
-  float* partial;           // [chunks][3][C16]: last bias, norm weight, norm bias
+  float* total_gradient;   // [T][C16]
+  void* product_gradient;  // [T][C16] of compute
+  float* partial;          // [chunks][3][C16]: last bias, norm weight, norm bias
 };
 
 struct FfnForwardArgs {
@@ -67,8 +67,8 @@ struct FfnForwardArgs {
   TailArgs tail;
   std::int64_t neurons;  // of these rows
   Operand up, down;
-  const float* up_bias;     // [I16]
-  void* pre_activation;     // [T][up_stride] of compute
+  const float* up_bias;  // [I16]
+  void* pre_activation;  // [T][up_stride] of compute
   std::int64_t up_stride;
 };
 
@@ -123,9 +123,9 @@ struct CoreArgs {
   std::int64_t num_heads, head_dim, num_tokens;
   const std::int32_t* cu_seqlens;
   Dropout dropout;
-  void* qkv;             // [T][H][3][D] of compute
-  void* context;         // [T][H][D] of compute
-  float* log_sum;        // [H][T], in powers of two
+  void* qkv;                     // [T][H][3][D] of compute
+  void* context;                 // [T][H][D] of compute
+  float* log_sum;                // [H][T], in powers of two
   const void* context_gradient;  // [T][H][D] of compute
   void* qkv_gradient;            // [T][H][3][D] of compute
 };

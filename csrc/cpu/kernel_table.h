@@ -23,8 +23,9 @@ constexpr std::int64_t kLanes = 16;
 constexpr std::int64_t kStepBytes = 64;
 // Neurons whose down-products are summed before they join the row: the fixed blocks of the
 // reduction, and the span over which int8 quantises an activation. A block's activations of one
-// group stay in L2; with half as many neurons, adding to the sums takes twice the time.
-constexpr std::int64_t kNeuronGroup = 512;
+// group stay in L2; the fewer neurons, the more time goes into adding to the sums. 384 divides the
+// usual sizes at the usual widths.
+constexpr std::int64_t kNeuronGroup = 384;
 
 constexpr std::int64_t per_unit(Compute compute) {
   return compute == Compute::kFloat32 ? 1 : compute == Compute::kBFloat16 ? 2 : 4;
@@ -45,6 +46,13 @@ struct NormWeights {
   const float* norm_weight;  // [C16]
   const float* norm_bias;    // [C16]
   float eps;
+};
+
+// Panels that a thread will read next, to be prefetched. Any address will do: a prefetch never
+// faults.
+struct Upcoming {
+  const std::byte* panels;
+  std::int64_t panel_bytes;  // from one to the next
 };
 
 // One group: kNeuronGroup / 16 up panels of `up_steps`, then C16 / 16 down panels of
@@ -85,6 +93,7 @@ struct FfnArgs {
   const FfnPanels* panels;
   Rows rows;
   std::int64_t neurons;
+  Upcoming next;  // after this sublayer
 };
 
 struct AttentionArgs {
@@ -94,7 +103,8 @@ struct AttentionArgs {
   std::int64_t num_tokens;         // T, of the scratch below
   const std::int32_t* cu_seqlens;  // [B + 1]
   std::int64_t batch_size;
-  void* qkv;  // [H][3][T][D] of core_of(compute)
+  void* qkv;      // [H][3][T][D] of core_of(compute)
+  Upcoming next;  // after this sublayer
 };
 
 // Memory a thread keeps between calls. A frame takes pieces and gives them all back at its end.

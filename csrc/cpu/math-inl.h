@@ -157,7 +157,9 @@ inline float quantize_row(const float* x, std::int64_t count, std::int64_t padde
     largest = max_or_nan(largest, abs(load(x + i, smaller(kLanes, count - i))));
   }
   const float limit = max_or_nan_of(largest);
-  const F32x16 inverse = set1(limit == 0.0f ? 0.0f : 127.0f / limit);
+  // Below 3.7e-37 the quotient would be infinite, which no integer is.
+  const float ratio = limit == 0.0f ? 0.0f : 127.0f / limit;
+  const F32x16 inverse = set1(ratio > __FLT_MAX__ ? __FLT_MAX__ : ratio);
   F32x16 total = zero();
   for (std::int64_t i = 0; i < padded; i += kLanes) {
     const std::int64_t n = larger(0, smaller(kLanes, count - i));

@@ -69,9 +69,9 @@ void pack_outputs(const Matrix& matrix, std::int64_t outputs, std::int64_t input
         for (std::int64_t part = 0; part < kUnit<Dot>; ++part) {
           const std::int64_t at = input + part * kLanes;
           const std::int64_t n = larger(0, smaller(kLanes, inputs - at));
-          const F32x16 x = n == 0 ? zero()
-                                  : load_element(matrix.element, matrix.data,
-                                                 (row + r) * matrix.stride + at, n);
+          const F32x16 x =
+              n == 0 ? zero()
+                     : load_element(matrix.element, matrix.data, (row + r) * matrix.stride + at, n);
           if constexpr (kUnit<Dot> == 1) {
             store(reinterpret_cast<float*>(units + r * kLanes), x);
           } else {
@@ -79,21 +79,30 @@ void pack_outputs(const Matrix& matrix, std::int64_t outputs, std::int64_t input
           }
         }
       }
-      transpose_units(units, kLanes, rows,
-                      smaller(kLanes, ceil_div(inputs - input, kUnit<Dot>)), to);
+      transpose_units(units, kLanes, rows, smaller(kLanes, ceil_div(inputs - input, kUnit<Dot>)),
+                      to);
     }
   }
 }
 
-// Columns [first, last) of `inputs` rows as rows of units, [last - first][stride], and added to
-// `sums` where that is asked for. `stride` is a multiple of 16.
+// Columns [first, last) of `inputs` rows as rows of units, [last - first][stride], and their
+// `sums` where these are asked for. `stride` is a multiple of 16.
 template <class Dot>
-void stage_columns(const Matrix& matrix, std::int64_t inputs, std::int64_t first,
-                   std::int64_t last, std::int64_t stride, std::uint32_t* to, float* sums) {
+void stage_columns(const Matrix& matrix, std::int64_t inputs, std::int64_t first, std::int64_t last,
+                   std::int64_t stride, std::uint32_t* to, float* sums) {
   alignas(64) std::uint32_t units[kLanes * kLanes], turned[kLanes * kLanes];
   const std::int64_t steps = ceil_div(inputs, kUnit<Dot>);
   for (std::int64_t step = 0; step < steps; step += kLanes) {
     const std::int64_t end = smaller(step + kLanes, steps);
+    // Rows of the next steps: a few lines each, too far apart for the hardware to foresee.
+    const std::int64_t bytes = matrix.element == Element::kFloat32 ? 4 : 2;
+    const std::int64_t until = smaller((end + kLanes) * kUnit<Dot>, inputs);
+    for (std::int64_t row = end * kUnit<Dot>; row < until; ++row) {
+      const auto* line = static_cast<const std::byte*>(matrix.data) + row * matrix.stride * bytes;
+      for (std::int64_t at = first * bytes; at < last * bytes; at += 64) {
+        __builtin_prefetch(line + at);
+      }
+    }
     for (std::int64_t column = first; column < last; column += kLanes) {
       const std::int64_t columns = smaller(kLanes, last - column);
       columns_to_units<Dot>(matrix, inputs, column, columns, step, end, units);
@@ -103,18 +112,20 @@ void stage_columns(const Matrix& matrix, std::int64_t inputs, std::int64_t first
                     load_int32(reinterpret_cast<const std::int32_t*>(turned) + c * kLanes));
       }
       if (sums == nullptr) continue;
-      F32x16 sum = load(sums + column - first);
+      // Sums of sums lose fewer digits than one long sum.
+      F32x16 sum = zero();
       for (std::int64_t row = step * kUnit<Dot>; row < smaller(end * kUnit<Dot>, inputs); ++row) {
-        sum = add(sum, load_element(matrix.element, matrix.data, row * matrix.stride + column,
-                                    columns));
+        sum = add(sum,
+                  load_element(matrix.element, matrix.data, row * matrix.stride + column, columns));
       }
+      if (step > 0) sum = add(load(sums + column - first), sum);
       store(sums + column - first, sum);
     }
   }
 }
 
 inline Panels panels_of(const Operand& operand, std::int64_t steps) {
-  return {operand.data, operand.panel_bytes, steps, 1, 0, kTilePanels * operand.panel_bytes};
+  return {operand.data, operand.panel_bytes, steps, 1, 0, {}};
 }
 
 // sums[rows][stride] of rows of units with inputs [first, first + inputs) of an operand, set or
@@ -163,9 +174,10 @@ void weight_gradient(const WeightGradientArgs& args, std::int64_t first, std::in
   const std::int64_t rows = last - first, c16 = round_up(args.columns, kLanes);
   ScratchFrame frame;
   auto* sums = static_cast<float*>(frame.take(rows * c16 * sizeof(float)));
-  auto* bias = static_cast<float*>(frame.take(round_up(rows, kLanes) * sizeof(float)));
+  auto* bias = static_cast<float*>(frame.take(2 * round_up(rows, kLanes) * sizeof(float)));
   const std::int64_t stride = kTokenChunk / kUnit<Dot>;
   auto* staged = static_cast<std::uint32_t*>(frame.take(rows * stride * sizeof(std::uint32_t)));
+  float* part_bias = bias + round_up(rows, kLanes);
   for (std::int64_t r = 0; r < rows; r += kLanes) store(bias + r, zero());
   bool set = true;
   for (std::int64_t i = 0; i < args.num_chunks; ++i) {
@@ -176,7 +188,12 @@ void weight_gradient(const WeightGradientArgs& args, std::int64_t first, std::in
                       static_cast<const std::byte*>(args.rows) + chunk.first * args.stride * size,
                       args.stride};
     stage_columns<Dot>(part, tokens, first, last, stride, staged,
-                       args.bias_gradient == nullptr ? nullptr : bias);
+                       args.bias_gradient == nullptr ? nullptr : part_bias);
+    if (args.bias_gradient != nullptr) {
+      for (std::int64_t r = 0; r < rows; r += kLanes) {
+        store(bias + r, add(load(bias + r), load(part_bias + r)));
+      }
+    }
     const std::int64_t steps = ceil_div(tokens, kUnit<Dot>);
     const Operand other{const_cast<std::byte*>(chunk.panels), steps * kStepBytes};
     multiply<Dot>(staged, stride, rows, panels_of(other, steps), 0, c16 / kLanes,

@@ -3,7 +3,7 @@
 #include <ATen/Parallel.h>
 #include <sys/mman.h>
 
-#include <cstdlib>
+#include <cstdint>
 #include <map>
 #include <mutex>
 #include <new>
@@ -15,19 +15,31 @@
 
 namespace dynabert {
 
+namespace {
+
+constexpr std::size_t kHugePage = std::size_t{2} << 20;
+constexpr std::size_t kPage = 4096;
+
+std::size_t rounded(std::size_t bytes, std::size_t to) { return (bytes + to - 1) / to * to; }
+
+}  // namespace
+
 PanelMemory::PanelMemory(std::size_t bytes) : bytes_(bytes) {
-  constexpr std::size_t kHugePage = std::size_t{2} << 20;
-  const std::size_t alignment = bytes >= kHugePage ? kHugePage : 64;
-  // One more step: the last prefetch and the last vector of a panel may be read as a whole.
-  const std::size_t size = round_up(static_cast<std::int64_t>(bytes) + kStepBytes, alignment);
-  data_ = static_cast<std::byte*>(std::aligned_alloc(alignment, size));
-  if (data_ == nullptr) throw std::bad_alloc();
+  // Mapped afresh, never from malloc: memory that the process has used before stays in small pages
+  // whatever is advised.
+  mapped_bytes_ = rounded(bytes, kPage) + (bytes >= kHugePage ? kHugePage : 0);
+  mapped_ =
+      mmap(nullptr, mapped_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapped_ == MAP_FAILED) throw std::bad_alloc();
+  const auto address = reinterpret_cast<std::uintptr_t>(mapped_);
+  data_ = reinterpret_cast<std::byte*>(bytes >= kHugePage ? rounded(address, kHugePage) : address);
 #ifdef MADV_HUGEPAGE
-  if (alignment == kHugePage) madvise(data_, size, MADV_HUGEPAGE);  // a hint: failure is no error
+  // A hint: where it fails, pages are small.
+  if (bytes >= kHugePage) madvise(data_, rounded(bytes, kPage), MADV_HUGEPAGE);
 #endif
 }
 
-PanelMemory::~PanelMemory() { std::free(data_); }
+PanelMemory::~PanelMemory() { munmap(mapped_, mapped_bytes_); }
 
 namespace {
 

@@ -25,6 +25,8 @@ class PanelMemory {
   std::size_t size() const { return bytes_; }
 
  private:
+  void* mapped_;
+  std::size_t mapped_bytes_;
   std::byte* data_;
   std::size_t bytes_;
 };

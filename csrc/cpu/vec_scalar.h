@@ -196,7 +196,9 @@ inline I32x16 set1_word(std::uint32_t x) {
   const I32x4 all = (I32x4)U32x4{x, x, x, x};
   return {all, all, all, all};
 }
-inline I32x16 word_lanes() { return {{0, 1, 2, 3}, {4, 5, 6, 7}, {8, 9, 10, 11}, {12, 13, 14, 15}}; }
+inline I32x16 word_lanes() {
+  return {I32x4{0, 1, 2, 3}, I32x4{4, 5, 6, 7}, I32x4{8, 9, 10, 11}, I32x4{12, 13, 14, 15}};
+}
 inline I32x16 add_words(I32x16 a, I32x16 b) {
   return each([](I32x4 x, I32x4 y) { return (I32x4)((U32x4)x + (U32x4)y); }, a, b);
 }

@@ -7,7 +7,12 @@
 #include <optional>
 #include <string>
 
+#include "cpu/work.h"
+
 namespace dynabert {
+
+// Runs checked arguments at one width, or block by block where `blocks` are given.
+void run_ffn(const FfnArgs& args, std::int64_t tokens, const std::vector<TokenBlock>& blocks);
 
 at::Tensor ffn_cpu(const at::Tensor& hidden, const at::Tensor& up_weight, const at::Tensor& up_bias,
                    const at::Tensor& down_weight, const at::Tensor& down_bias,

@@ -9,21 +9,22 @@ struct FfnGroup {
   bool is_odd;           // the last of them shares its units with a neuron past the prefix
 };
 
-inline FfnGroup ffn_group(const FfnPanels& panels, std::int64_t group, std::int64_t neurons) {
-  const std::int64_t count = smaller(kNeuronGroup, neurons - group * kNeuronGroup);
+inline FfnGroup ffn_group(const FfnArgs& args, std::int64_t group) {
+  const FfnPanels& panels = *args.panels;
+  const std::int64_t count = smaller(kNeuronGroup, args.neurons - group * kNeuronGroup);
   const std::int64_t unit = per_unit(panels.compute);
   const std::byte* up = panels.data + group * panels.group_bytes;
   const std::int64_t up_bytes = panels.up_steps * kStepBytes;
   const std::byte* down = up + kNeuronGroup / kLanes * up_bytes;
-  // The panels of a group are one stream: the products stay one round of up panels behind.
-  const std::int64_t ahead = kTilePanels * up_bytes;
+  const std::int64_t down_bytes = kNeuronGroup / unit * kStepBytes;
+  const bool is_last = (group + 1) * kNeuronGroup >= args.neurons;
   // int8 multiplies what lies past the prefix by zero; bfloat16 would make NaN of NaN.
-  const bool odd = panels.compute == Compute::kBFloat16 && count % 2 != 0;
-  return {{up, up_bytes, panels.up_steps, 1, 0, ahead},
-          {down, kNeuronGroup / unit * kStepBytes, odd ? count / 2 : ceil_div(count, unit), 1, 0,
-           ahead},
+  const bool is_odd = panels.compute == Compute::kBFloat16 && count % 2 != 0;
+  return {{up, up_bytes, panels.up_steps, 1, 0, {down, down_bytes}},
+          {down, down_bytes, is_odd ? count / 2 : ceil_div(count, unit), 1, 0,
+           is_last ? args.next : Upcoming{up + panels.group_bytes, up_bytes}},
           count,
-          odd};
+          is_odd};
 }
 
 // Up panels [first, last) of a group with bias and activation. Neurons past the prefix give zero.
@@ -116,7 +117,7 @@ void ffn_block(const FfnArgs& args, std::int64_t first, std::int64_t last) {
   auto* sums = static_cast<float*>(frame.take(rows * c16 * sizeof(float)));
   void* inner = frame.take(rows * kNeuronGroup * sizeof(float));
   for (std::int64_t group = 0; group * kNeuronGroup < args.neurons; ++group) {
-    const FfnGroup part = ffn_group(panels, group, args.neurons);
+    const FfnGroup part = ffn_group(args, group);
     ffn_up<Dot>(panels, part, group, tokens, rows, 0, ceil_div(part.neurons, kLanes), inner);
     ScratchFrame inner_frame;
     const Tokens active = ffn_inner_tokens<Dot>(inner, part, rows, inner_frame);
@@ -140,7 +141,7 @@ void ffn_up_shared(const FfnArgs& args, std::int64_t tokens_count, std::int64_t 
     const std::int64_t group = panel / kGroupPanels;
     const std::int64_t end = smaller(last_panel, (group + 1) * kGroupPanels);
     auto* to = static_cast<std::byte*>(inner) + group * tokens_count * kNeuronGroup * element;
-    ffn_up<Dot>(panels, ffn_group(panels, group, args.neurons), group, tokens, tokens_count,
+    ffn_up<Dot>(panels, ffn_group(args, group), group, tokens, tokens_count,
                 panel - group * kGroupPanels, end - group * kGroupPanels, to);
     panel = end;
   }
@@ -153,7 +154,7 @@ void ffn_down_shared(const FfnArgs& args, std::int64_t tokens, std::int64_t firs
   const std::int64_t element = std::is_same_v<Dot, DotBFloat16> ? 2 : 4;
   for (std::int64_t group = 0; group * kNeuronGroup < args.neurons; ++group) {
     ScratchFrame frame;
-    const FfnGroup part = ffn_group(panels, group, args.neurons);
+    const FfnGroup part = ffn_group(args, group);
     const auto* from =
         static_cast<const std::byte*>(inner) + group * tokens * kNeuronGroup * element;
     const Tokens active = ffn_inner_tokens<Dot>(from, part, tokens, frame);

@@ -34,6 +34,19 @@ void run_shared(const KernelTable& table, const FfnArgs& args, std::int64_t toke
 
 }  // namespace
 
+void run_ffn(const FfnArgs& args, std::int64_t tokens, const std::vector<TokenBlock>& blocks) {
+  const KernelTable& table = active_table();
+  if (blocks.empty()) return run_shared(table, args, tokens);
+  at::parallel_for(0, static_cast<std::int64_t>(blocks.size()), 1,
+                   [&](std::int64_t first, std::int64_t last) {
+                     for (std::int64_t i = first; i < last; ++i) {
+                       FfnArgs block = args;
+                       block.neurons = blocks[i].width;
+                       table.ffn(block, blocks[i].first, blocks[i].last);
+                     }
+                   });
+}
+
 at::Tensor ffn_cpu(const at::Tensor& hidden, const at::Tensor& up_weight, const at::Tensor& up_bias,
                    const at::Tensor& down_weight, const at::Tensor& down_bias,
                    const at::Tensor& norm_weight, const at::Tensor& norm_bias, double norm_eps,
@@ -72,23 +85,14 @@ at::Tensor ffn_cpu(const at::Tensor& hidden, const at::Tensor& up_weight, const 
   const auto prepared = prepared_ffn(
       {up_weight, up_bias, down_weight, down_bias, norm_weight, norm_bias}, norm_eps,
       parse_activation(kWho, std::string(activation)), parse_compute(kWho, std::string(compute)));
-  const KernelTable& table = active_table();
   const FfnArgs args{&prepared->panels,
                      {element_of(kWho, rows), rows.const_data_ptr(), output.mutable_data_ptr()},
-                     intermediate_size};
-  if (widths == nullptr && shares_weights(tokens)) {
-    run_shared(table, args, tokens);
-    return output;
-  }
-  const auto blocks = token_blocks(tokens, intermediate_size, widths, offsets, batch_size);
-  at::parallel_for(0, static_cast<std::int64_t>(blocks.size()), 1,
-                   [&](std::int64_t first, std::int64_t last) {
-                     for (std::int64_t i = first; i < last; ++i) {
-                       FfnArgs block = args;
-                       block.neurons = blocks[i].width;
-                       table.ffn(block, blocks[i].first, blocks[i].last);
-                     }
-                   });
+                     intermediate_size,
+                     {}};
+  run_ffn(args, tokens,
+          widths == nullptr && shares_weights(tokens)
+              ? std::vector<TokenBlock>{}
+              : token_blocks(tokens, intermediate_size, widths, offsets, batch_size));
   return output;
 }
 

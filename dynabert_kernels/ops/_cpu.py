@@ -36,12 +36,12 @@ def scope(hidden: Tensor, *, dropout: bool) -> str | None:
 
     Args:
         hidden: Tokens, ``[total_tokens, hidden_size]``.
-        dropout: Whether the call asks for any dropout.
+        dropout: Whether the call asks for dropout without gradients.
     """
     if hidden.dtype == torch.float64:
         return "hidden is torch.float64, expected float32 or bfloat16"
     if dropout:
-        return "dropout is not part of this backend yet"
+        return "dropout is not part of this backend where no gradients are needed"
     return None
 
 
@@ -62,4 +62,16 @@ def why_not(hidden: Tensor, matrix: Tensor, widths: Tensor | None, compute: str)
         return f"the weights are {matrix.dtype}, expected float32 or bfloat16"
     if widths is not None and widths.device.type != DEVICE:
         return f"one width per sequence is given on {widths.device}, expected the CPU"
+    return None
+
+
+def slower_training(hidden: Tensor, *, fewest: int) -> str | None:
+    """Where the reference is the faster way to gradients, as a sentence, or None.
+
+    Args:
+        hidden: Tokens, ``[total_tokens, hidden_size]``.
+        fewest: Tokens from which the kernels are faster.
+    """
+    if hidden.shape[0] < fewest:
+        return f"{hidden.shape[0]} tokens to train on, expected {fewest} or more for a gain"
     return None

@@ -1,9 +1,10 @@
 """The op table: every op has one reference and any number of native backends.
 
 A native backend is an overload of one packet, ``torch.ops.dynabert.<op>.<backend>``, with the
-schema and fake of its op and, where it has one, its own backward. The reference is plain PyTorch,
-called directly, so that autograd, Inductor and exporters see through it; ``torch.export``, ONNX and
-``torch.jit.trace`` get it unless another backend is forced.
+schema and fake of its op and, where it has one, its own backward, or overloads of its own for calls
+that need gradients (`Training`). The reference is plain PyTorch, called directly, so that autograd,
+Inductor and exporters see through it; ``torch.export``, ONNX and ``torch.jit.trace`` get it unless
+another backend is forced.
 """
 
 from __future__ import annotations
@@ -53,6 +54,28 @@ CallT = TypeVar("CallT", bound=OpCall)
 
 
 @dataclass(frozen=True)
+class Training(Generic[CallT]):
+    """How a backend runs a call that needs gradients: two overloads of its own, registered in C++.
+
+    ``<backend>_training`` takes the op's arguments and returns the output and what the gradient
+    needs besides them; ``<backend>_backward`` takes the gradient of the output, what was kept, and
+    the op's arguments, and returns the gradients of the first of these.
+
+    Attributes:
+        kept: Names of the tensors kept for the gradient.
+        num_gradients: Arguments that have gradients, from the first on; all are tensors.
+        fake: Shape function of the first overload: output and kept tensors.
+        slower: A sentence where the reference is faster. The automatic choice then takes it,
+            without a warning; `use_backend` still forces this backend.
+    """
+
+    kept: tuple[str, ...]
+    num_gradients: int
+    fake: Callable[..., tuple[Tensor, ...]]
+    slower: Callable[[CallT], str | None]
+
+
+@dataclass(frozen=True)
 class Backend(Generic[CallT]):
     """One native implementation of an op.
 
@@ -64,7 +87,8 @@ class Backend(Generic[CallT]):
             backend refuses such a call; the automatic choice takes `reference`, without a warning
             and also under ``DYNABERT_STRICT``: users who train or need float64 asked for
             nothing that this backend could give. Calls that need gradients of a backend without
-            `backward`, and those refused by the op's `why_not_native`, are out of scope too.
+            `backward` or `training`, and those refused by the op's `why_not_native`, are out of
+            scope too.
         why_not: A sentence if it cannot run a call in its scope, else None. The automatic choice
             then takes `reference` with a warning.
         unavailable: A sentence if it cannot run anything here (not built, not installed). Asked
@@ -73,8 +97,9 @@ class Backend(Generic[CallT]):
             over without a warning, and neither warns nor fails under ``DYNABERT_STRICT`` where it
             is the only native backend of a device; where a message lists backends, it says this.
         backward: Gradient formula, as `torch.library.register_autograd` takes it. A backend
-            without one is not used where gradients are needed.
+            without one, and without `training`, is not used where gradients are needed.
         setup_context: What `backward` keeps, as `torch.library.register_autograd` takes it.
+        training: Overloads for calls that need gradients, instead of `backward`.
     """
 
     name: str
@@ -86,6 +111,7 @@ class Backend(Generic[CallT]):
     unproven: str | None = None
     backward: Callable[..., Any] | None = None
     setup_context: Callable[..., None] | None = None
+    training: Training[CallT] | None = None
 
 
 class Op(Generic[CallT]):
@@ -137,10 +163,42 @@ class Op(Generic[CallT]):
             )
         if backend.run is not None:
             _LIBRARY.impl(overload, backend.run, backend.device.upper())
-        self._overloads[backend.name] = getattr(
-            getattr(torch.ops.dynabert, self.name), backend.name
-        )
+        self._overloads[backend.name] = self._overload(backend.name)
+        if backend.training is not None:
+            self._register_training(backend.name, backend.training)
         self.backends = (*self.backends, backend)
+
+    def _overload(self, name: str) -> Any:
+        return getattr(getattr(torch.ops.dynabert, self.name), name)
+
+    def _register_training(self, name: str, training: Training[CallT]) -> None:
+        forward, backward = f"{self.name}.{name}_training", f"{self.name}.{name}_backward"
+        arguments = self.schema[1 : self.schema.rindex(") -> ")]
+        kept = ", ".join(f"Tensor {tensor}" for tensor in training.kept)
+        outputs, gradients = (
+            ", ".join(["Tensor"] * count)
+            for count in (1 + len(training.kept), training.num_gradients)
+        )
+        # Seeds of dropout are drawn inside: no two calls are one, and none is run again.
+        tags = (torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded)
+        _LIBRARY.define(f"{forward}({arguments}) -> ({outputs})", tags=tags)
+        _LIBRARY.define(
+            f"{backward}(Tensor gradient, {kept}, {arguments}) -> ({gradients})",
+            tags=(torch.Tag.pt2_compliant_tag,),
+        )
+        self._overloads[f"{name}_training"] = self._overload(f"{name}_training")
+        formula = _GradientFormula(self, name, training, self._overload(f"{name}_backward"))
+        torch.library.register_fake(f"dynabert::{forward}", training.fake, lib=_LIBRARY)
+        torch.library.register_fake(f"dynabert::{backward}", formula.fake, lib=_LIBRARY)
+        torch.library.register_autograd(
+            f"dynabert::{forward}",
+            formula.backward,
+            setup_context=formula.setup_context,
+            lib=_LIBRARY,
+        )
+        torch.library.register_autograd(
+            f"dynabert::{backward}", formula.refuse_second, lib=_LIBRARY
+        )
 
     def __call__(self, call: CallT) -> Tensor:
         """Run a checked call on the chosen backend.
@@ -151,7 +209,11 @@ class Op(Generic[CallT]):
         backend = self._choose(call)
         if backend is None:
             return self.reference(call)
-        result: Tensor = self._overloads[backend.name](*call.arguments())
+        result: Tensor
+        if backend.training is not None and needs_gradients(call):
+            result = self._overloads[f"{backend.name}_training"](*call.arguments())[0]
+        else:
+            result = self._overloads[backend.name](*call.arguments())
         return result
 
     def status(self, device: torch.device | str) -> list[tuple[str, str | None]]:
@@ -190,7 +252,8 @@ class Op(Generic[CallT]):
         reason = None
         if self.why_not_native is not None:
             reason = self.why_not_native(call)
-        if reason is None and backend.backward is None and needs_gradients(call):
+        can_train = backend.backward is not None or backend.training is not None
+        if reason is None and not can_train and needs_gradients(call):
             reason = "it has no backward, and gradients are needed. Call it under torch.no_grad()"
         if reason is None and backend.scope is not None:
             reason = backend.scope(call)
@@ -210,12 +273,15 @@ class Op(Generic[CallT]):
             if _forced is not None and backend.name != _forced:
                 reasons[backend.name] = reason or f"not used while {_forced!r} is forced"
                 continue
-            if reason is None:
+            slower = None if _forced is not None else _slower(backend, call)
+            if reason is None and slower is None:
                 return backend
-            reasons[backend.name] = reason
+            reasons[backend.name] = reason or slower or ""
             # What was out of scope before the backend turned out to be missing still is.
             native_here = native_here or (
-                backend.device == device_type and self._out_of_scope(backend, call) is None
+                backend.device == device_type
+                and slower is None
+                and self._out_of_scope(backend, call) is None
             )
         if _forced is not None:
             reasons.setdefault(_forced, "the op has no such backend")
@@ -251,6 +317,55 @@ class Op(Generic[CallT]):
             RuntimeWarning,
             stacklevel=4,
         )
+
+
+class _GradientFormula:
+    """The formulas of a backend's training overloads, as `torch.library` takes them."""
+
+    def __init__(self, op: Op[Any], name: str, training: Training[Any], overload: Any) -> None:
+        self._who, self._name = op.name, name
+        self._training, self._overload = training, overload
+
+    def setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Keep what the forward pass returned besides the output, and all arguments."""
+        kept = output[1:]
+        ctx.mark_non_differentiable(*kept)
+        ctx.set_materialize_grads(False)
+        tensors = [value if isinstance(value, Tensor) else None for value in inputs]
+        ctx.save_for_backward(*kept, *tensors)
+        ctx.constants = [None if isinstance(value, Tensor) else value for value in inputs]
+
+    def backward(self, ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        """Gradients of the first arguments, None for the others."""
+        nothing = [None] * len(ctx.constants)
+        if gradient is None:
+            return tuple(nothing)
+        number = len(self._training.kept)
+        kept, tensors = ctx.saved_tensors[:number], ctx.saved_tensors[number:]
+        pairs = zip(tensors, ctx.constants, strict=True)
+        arguments = [constant if tensor is None else tensor for tensor, constant in pairs]
+        gradients = self._overload(gradient, *kept, *arguments)
+        return (*gradients, *nothing[len(gradients) :])
+
+    def fake(self, gradient: Tensor, *others: Any) -> tuple[Tensor, ...]:
+        """Gradients look like what they belong to."""
+        number = len(self._training.kept)
+        like = others[number : number + self._training.num_gradients]
+        return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in like)
+
+    def refuse_second(self, ctx: Any, *_: Any) -> None:
+        """There is no gradient of the gradient."""
+        raise NotImplementedError(
+            f"{self._who}: backend={self._name!r} in a second derivative, expected 'reference'. "
+            "Choose it with use_backend('reference')."
+        )
+
+
+def _slower(backend: Backend[CallT], call: CallT) -> str | None:
+    """Why the reference is the faster way to the gradients that a call needs, or None."""
+    if backend.training is None or not needs_gradients(call):
+        return None
+    return backend.training.slower(call)
 
 
 def _unavailable(backend: Backend[Any], device_type: str) -> str | None:

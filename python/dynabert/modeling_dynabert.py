@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import is_
-from typing import Any, Generic, Literal, NamedTuple, TypeVar, cast
+from typing import Any, Generic, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +29,10 @@ from dynabert.modeling_inputs import (
     repeated_rows,
 )
 from dynabert.modeling_pretrained import DynaBertPreTrainedModel
+from dynabert.modeling_steps import LayerStep, layer_steps, width_of
 from dynabert.subnet import ForEach, SubnetConfig, SubnetShape
 from dynabert_kernels import PackedAttention, PackedFFN, attention, ffn
+from dynabert_kernels.ops.encoder import EncoderLayer, encoder
 from dynabert_kernels.varlen import Packing
 
 Subnet = SubnetConfig | SubnetShape | None
@@ -38,19 +40,6 @@ Subnets = Subnet | Sequence[Subnet] | ForEach
 States = bool | Literal["packed"] | None
 PackedT = TypeVar("PackedT", PackedAttention, PackedFFN)
 _TENSORS_PER_SUBLAYER = 6
-
-
-class LayerStep(NamedTuple):
-    """One layer of a call: which, at what width, for which sequences.
-
-    Widths are one number, or int32 on the CPU with one per sequence that runs the layer; `rows` is
-    None for all.
-    """
-
-    layer: int
-    num_heads: int | Tensor
-    intermediate_size: int | Tensor
-    rows: tuple[int, ...] | None
 
 
 class DynaBertEmbeddings(nn.Module):
@@ -220,6 +209,19 @@ class DynaBertLayer(GradientCheckpointingLayer):
         hidden = self.ffn(hidden, step.intermediate_size, packing)
         return hidden
 
+    def is_plain(self) -> bool:
+        """Whether a call does no more than its two ops: no dropout, no hooks, nothing replaced."""
+        attention, ffn = self.attention, self.ffn
+        return (
+            not self.training
+            and type(attention) is DynaBertAttention
+            and type(ffn) is DynaBertFFN
+            and not any(
+                part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__
+                for part in (self, attention, ffn)
+            )
+        )
+
 
 class DynaBertEncoder(nn.Module):
     """The stack of layers, of which a call runs some."""
@@ -234,11 +236,17 @@ class DynaBertEncoder(nn.Module):
         steps: Sequence[LayerStep],
         packing: Packing,
         attn_mask: Tensor | None = None,
+        last_only: bool = False,
     ) -> list[Tensor]:
         """Run `steps` and return the state before the first and after each, ``[T, C]``.
 
-        Sequences that skip a layer are untouched by it: their rows never enter its kernels.
+        Sequences that skip a layer are untouched by it: their rows never enter its kernels. With
+        `last_only`, states between the first and the last may be missing.
         """
+        if last_only and attn_mask is None and not torch.is_grad_enabled():
+            whole = self._run_at_once(hidden, steps, packing)
+            if whole is not None:
+                return [hidden, whole]
         states = [hidden]
         parts: dict[tuple[int, ...], tuple[Packing, Tensor | slice]] = {}
         for step in steps:
@@ -253,6 +261,21 @@ class DynaBertEncoder(nn.Module):
                 hidden = _replaced(hidden, tokens, layer(hidden[tokens], step, part, part_mask))
             states.append(hidden)
         return states
+
+    def _run_at_once(
+        self, hidden: Tensor, steps: Sequence[LayerStep], packing: Packing
+    ) -> Tensor | None:
+        """The state after the last of `steps` from one call for all, or None where none can."""
+        layers = []
+        for index, heads, neurons, rows in steps:
+            layer = self.layer[index]
+            if isinstance(heads, Tensor) or isinstance(neurons, Tensor) or rows is not None:
+                return None
+            if type(layer) is not DynaBertLayer or not layer.is_plain():
+                return None
+            weights = layer.attention.packed(), layer.ffn.packed()
+            layers.append(EncoderLayer(*weights, heads, neurons))
+        return encoder(hidden, layers, cu_seqlens=packing.cu_seqlens)
 
     def for_each(
         self,
@@ -276,7 +299,10 @@ class DynaBertEncoder(nn.Module):
         for index in sorted(runs):
             heads, neurons, numbers = zip(*sorted(runs[index], reverse=True), strict=True)
             step = LayerStep(
-                index, _width(heads, packing.batch_size), _width(neurons, packing.batch_size), None
+                index,
+                width_of(heads, packing.batch_size),
+                width_of(neurons, packing.batch_size),
+                None,
             )
             mask = attn_mask.repeat(len(numbers), 1, 1, 1) if attn_mask is not None else None
             inputs = torch.cat([states[number][-1] for number in numbers])
@@ -393,8 +419,10 @@ class DynaBertModel(DynaBertPreTrainedModel):
             elif output_hidden_states:
                 hidden_states = tuple(tuple(map(layout.restore, states)) for states in each)
         else:
-            steps = _layer_steps(shapes)
-            states = self.encoder(hidden, steps, layout.packing, layout.pair_mask)
+            steps = layer_steps(shapes)
+            states = self.encoder(
+                hidden, steps, layout.packing, layout.pair_mask, not output_hidden_states
+            )
             last = layout.restore(states[-1])
             if output_hidden_states == "packed":
                 hidden_states = _packed_states(states, steps)
@@ -430,32 +458,6 @@ class DynaBertModel(DynaBertPreTrainedModel):
                 f"sequence ({batch_size})."
             )
         return [self.subnet_shape(entry) for entry in subnet] or [self.subnet_shape(None)]
-
-
-def _layer_steps(shapes: Sequence[SubnetShape]) -> list[LayerStep]:
-    """The layers that run, in order, from one shape for all sequences or one for each."""
-    if all(shape == shapes[0] for shape in shapes[1:]):
-        return [
-            LayerStep(layer.index, layer.num_heads, layer.intermediate_size, None)
-            for layer in shapes[0].layers
-        ]
-    runs: dict[int, list[tuple[int, int, int]]] = {}
-    for row, shape in enumerate(shapes):
-        for layer in shape.layers:
-            runs.setdefault(layer.index, []).append((row, layer.num_heads, layer.intermediate_size))
-    steps = []
-    for index in sorted(runs):
-        rows, heads, neurons = zip(*runs[index], strict=True)
-        some = None if len(rows) == len(shapes) else rows
-        steps.append(LayerStep(index, _width(heads), _width(neurons), some))
-    return steps
-
-
-def _width(values: tuple[int, ...], repeats: int = 1) -> int | Tensor:
-    """One width for all, or each of `values` for `repeats` sequences."""
-    if len(set(values)) == 1:
-        return values[0]
-    return torch.tensor(values, dtype=torch.int32).repeat_interleave(repeats)
 
 
 def _replaced(hidden: Tensor, tokens: Tensor | slice, rows: Tensor) -> Tensor:
