@@ -18,10 +18,13 @@ inline F32x16 zero() { return _mm512_setzero_ps(); }
 inline F32x16 set1(float x) { return _mm512_set1_ps(x); }
 inline F32x16 load(const float* p) { return _mm512_loadu_ps(p); }
 inline F32x16 load(const float* p, std::int64_t n) {
+  if (n >= kLanes) return load(p);
   return _mm512_maskz_loadu_ps(first_lanes(n), p);
 }
 inline void store(float* p, F32x16 x) { _mm512_storeu_ps(p, x); }
+// Whole vectors by name: a masked store takes the core several times as long.
 inline void store(float* p, F32x16 x, std::int64_t n) {
+  if (n >= kLanes) return store(p, x);
   _mm512_mask_storeu_ps(p, first_lanes(n), x);
 }
 // x in the first n lanes, `other` in the rest.
@@ -69,6 +72,7 @@ inline F32x16 load_bf16(const std::uint16_t* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 inline F32x16 load_bf16(const std::uint16_t* p, std::int64_t n) {
+  if (n >= kLanes) return load_bf16(p);
   const __m256i half = _mm256_maskz_loadu_epi16(first_lanes(n), p);
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
@@ -90,6 +94,7 @@ inline void store_bf16(std::uint16_t* p, F32x16 x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16(x));
 }
 inline void store_bf16(std::uint16_t* p, F32x16 x, std::int64_t n) {
+  if (n >= kLanes) return store_bf16(p, x);
   _mm256_mask_storeu_epi16(p, first_lanes(n), to_bf16(x));
 }
 // x holds whole numbers of [-127, 127].

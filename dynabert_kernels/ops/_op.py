@@ -274,9 +274,10 @@ class Op(Generic[CallT]):
                 reasons[backend.name] = reason or f"not used while {_forced!r} is forced"
                 continue
             slower = None if _forced is not None else _slower(backend, call)
-            if reason is None and slower is None:
+            why_not = reason if reason is not None else slower
+            if why_not is None:
                 return backend
-            reasons[backend.name] = reason or slower or ""
+            reasons[backend.name] = why_not
             # What was out of scope before the backend turned out to be missing still is.
             native_here = native_here or (
                 backend.device == device_type

@@ -14,6 +14,7 @@ from dynabert.training import Stage
 from dynabert.training.losses import hidden_state_loss, logit_loss
 from dynabert.training.step import Batch, Share, StepLosses, activation_bytes, micro_groups
 from dynabert.training.subnet_plan import SubnetPlan
+from dynabert_kernels import use_backend
 
 MakeModel = Callable[..., DynaBertForSequenceClassification]
 FULL = SubnetConfig()
@@ -54,6 +55,7 @@ def test_the_estimate_of_the_activations_is_near_what_autograd_keeps(
     for subnet in (FULL, SubnetConfig(0.25, 0.5)):
         storages.clear()
         with (
+            use_backend("reference"),  # the C++ kernels keep less, so its bound holds for them too
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
             torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16),
         ):
