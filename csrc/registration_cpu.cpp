@@ -20,6 +20,7 @@
 #include "cpu/peak.h"
 #include "cpu/prepared.h"
 #include "cpu/work.h"
+#include "encoder/embeddings.h"
 #include "encoder/encoder.h"
 #include "ffn/ffn.h"
 #include "ffn/ffn_training.h"
@@ -94,6 +95,8 @@ TORCH_LIBRARY_IMPL(dynabert, CPU, m) {
   m.impl("ffn.cpu", &dynabert::ffn_cpu);
   m.impl("attention.cpu", &dynabert::attention_cpu);
   m.impl("encoder.cpu", &dynabert::encoder_cpu);
+  m.impl("embeddings.cpu", &dynabert::embeddings_cpu);
+  m.impl("unpad.cpu", &dynabert::unpad_cpu);
   m.impl("ffn.cpu_training", &dynabert::ffn_cpu_training);
   m.impl("ffn.cpu_backward", &dynabert::ffn_cpu_backward);
   m.impl("attention.cpu_training", &dynabert::attention_cpu_training);

@@ -57,6 +57,19 @@ def extension_error() -> str | None:
     return None
 
 
+def has_kernel(op: str) -> bool:
+    """Whether the extension can be used and has a CPU kernel for this op, as older builds may not.
+
+    Args:
+        op: Name with namespace and overload, such as ``"dynabert::unpad.cpu"``.
+    """
+    if extension_error() is not None:
+        return False
+    import torch
+
+    return torch._C._dispatch_has_kernel_for_dispatch_key(op, "CPU")
+
+
 def cpu_extension() -> ModuleType:
     """Returns the loaded extension, set to the instruction set that `DYNABERT_ISA` forces.
 

@@ -8,8 +8,10 @@ it is ever saved.
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 from torch import Tensor
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from dynabert_kernels import _extension
 from dynabert_kernels.layout import PackedAttention, PackedFFN
@@ -36,8 +38,9 @@ def clear_prepared() -> None:
 def invalidate(weights: PackedAttention | PackedFFN | Tensor) -> int:
     """Free the prepared forms of some weights, after a write that torch does not count.
 
-    A write through PyTorch raises a tensor's version, which is noticed. Not counted are writes
-    through `Tensor.data`, through NumPy or a pointer, and any to inference tensors (made under
+    A write through PyTorch raises a tensor's version, which is noticed, and so is every step of a
+    `torch.optim.Optimizer` (fused ones write without raising it). Not counted are writes through
+    `Tensor.data`, through NumPy or a pointer, and any to inference tensors (made under
     ``torch.inference_mode``), which have no version: without this call the next one would compute
     with the former values.
 
@@ -60,3 +63,16 @@ def invalidate(weights: PackedAttention | PackedFFN | Tensor) -> int:
         return 0
     tensors = [weights] if isinstance(weights, Tensor) else list(vars(weights).values())
     return sum(int(module.invalidate_prepared(t)) for t in tensors if isinstance(t, Tensor))
+
+
+def _forget_what_was_trained(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Free the prepared forms of the parameters that an optimizer has just changed."""
+    module = _module()
+    if module is None or module.prepared_stats()["entries"] == 0:
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            module.invalidate_prepared(parameter)
+
+
+register_optimizer_step_post_hook(_forget_what_was_trained)

@@ -14,6 +14,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dynabert_kernels import _extension
+
+_LIBRARY = torch.library.Library("dynabert", "FRAGMENT")
+_LIBRARY.define(
+    "unpad.cpu(Tensor attention_mask) -> "
+    "(Tensor cu_seqlens, Tensor indices, int max_seqlen, int total_tokens)"
+)
+_NATIVE_UNPAD = torch.ops.dynabert.unpad.cpu
+_HAS_KERNEL = _extension.has_kernel("dynabert::unpad.cpu")
+
 
 @dataclass(frozen=True, eq=False)
 class Packing:
@@ -41,7 +51,11 @@ class Packing:
         cls, batch_size: int, seq_len: int, device: torch.device | str | None = None
     ) -> Packing:
         """The packing of a batch without padding: no gather and no host synchronisation."""
-        offsets = torch.arange(batch_size + 1, dtype=torch.int32, device=device) * seq_len
+        if torch.compiler.is_compiling() or seq_len < 1:
+            offsets = torch.arange(batch_size + 1, dtype=torch.int32, device=device) * seq_len
+        else:
+            end = batch_size * seq_len + 1
+            offsets = torch.arange(0, end, seq_len, dtype=torch.int32, device=device)
         return cls(None, offsets, seq_len, batch_size, seq_len, batch_size * seq_len)
 
     @property
@@ -168,6 +182,11 @@ def unpad(attention_mask: Tensor) -> Packing:
             "[batch_size, seq_len]. Masks over pairs of tokens cannot be unpadded."
         )
     batch_size, seq_len = attention_mask.shape
+    if _HAS_KERNEL and attention_mask.is_cpu and not torch.compiler.is_compiling():
+        # One op for eight: every call of a model on padded sequences asks.
+        offsets, places, longest, total = _NATIVE_UNPAD(attention_mask)
+        indices = None if total == batch_size * seq_len else places
+        return Packing(indices, offsets, longest, batch_size, seq_len, total)
     real = attention_mask != 0
     lengths = real.sum(dim=1, dtype=torch.int32)
     offsets = torch.zeros(batch_size + 1, dtype=torch.int32, device=real.device)

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from dynabert_kernels import _extension
+from dynabert_kernels.ops._op import forced_backend
 
 DEVICE = "cpu"
 COMPUTE = ("float32", "bfloat16", "int8")
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = frozenset((torch.float32, torch.bfloat16))
 
 
 def _find_missing() -> str | None:
@@ -29,6 +30,21 @@ _MISSING = _find_missing()
 def kernels_missing() -> str | None:
     """Why no C++ kernel can run in this process, or None."""
     return _MISSING
+
+
+def runs_unforced(tensor: Tensor) -> bool:
+    """Whether kernels that are no backend of an op may run on `tensor`'s behalf.
+
+    They have neither gradients nor a shape function, and give way to a backend that is forced.
+    """
+    return (
+        tensor.is_cpu
+        and _MISSING is None
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and forced_backend() in (None, "cpu")
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    )
 
 
 def scope(hidden: Tensor, *, dropout: bool) -> str | None:

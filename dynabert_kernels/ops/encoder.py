@@ -8,6 +8,8 @@ part of the whole: their dispatch, and the points at which all threads wait for 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -15,7 +17,6 @@ from torch import Tensor
 
 from dynabert_kernels.layout import PackedAttention, PackedFFN
 from dynabert_kernels.ops import _cpu
-from dynabert_kernels.ops._op import forced_backend
 from dynabert_kernels.ops._sublayer import compute_name
 
 _LIBRARY = torch.library.Library("dynabert", "FRAGMENT")
@@ -25,6 +26,7 @@ _LIBRARY.define(
     "Tensor cu_seqlens, str compute) -> Tensor"
 )
 _NATIVE = torch.ops.dynabert.encoder.cpu
+_dtype_of = attrgetter("dtype")
 
 
 class EncoderLayer(NamedTuple):
@@ -36,11 +38,66 @@ class EncoderLayer(NamedTuple):
     intermediate_size: int
 
 
-def encoder(hidden: Tensor, layers: Sequence[EncoderLayer], *, cu_seqlens: Tensor) -> Tensor | None:
+@dataclass(frozen=True, eq=False)
+class EncoderLayers:
+    """The layers of a call as the op takes them: references, to be made once and used often.
+
+    Attributes:
+        attention_weights: Six tensors a layer.
+        ffn_weights: Six tensors a layer.
+        norm_eps: Two numbers a layer: attention, feed-forward.
+        activation: Of every layer.
+        quantization: Of every sublayer.
+        num_heads: One number a layer.
+        intermediate_sizes: One number a layer.
+    """
+
+    attention_weights: list[Tensor]
+    ffn_weights: list[Tensor]
+    norm_eps: list[float]
+    activation: str
+    quantization: str | None
+    num_heads: list[int]
+    intermediate_sizes: list[int]
+
+    @classmethod
+    def of(cls, layers: Sequence[EncoderLayer]) -> EncoderLayers | None:
+        """The form of `layers`, or None if there are none or they differ in more than width."""
+        if not layers:
+            return None
+        activation, quantization = layers[0].ffn.activation, layers[0].ffn.quantization
+        attention_weights: list[Tensor] = []
+        ffn_weights: list[Tensor] = []
+        norm_eps: list[float] = []
+        for attention, ffn, _, _ in layers:
+            if (
+                attention.quantization != quantization
+                or ffn.quantization != quantization
+                or ffn.activation != activation
+                or attention.head_dim % 8 != 0
+            ):
+                return None
+            attention_weights += attention.elastic()
+            attention_weights += (attention.out_bias, attention.norm_weight, attention.norm_bias)
+            ffn_weights += ffn.elastic()
+            ffn_weights += (ffn.down_bias, ffn.norm_weight, ffn.norm_bias)
+            norm_eps += (attention.norm_eps, ffn.norm_eps)
+        return cls(
+            attention_weights,
+            ffn_weights,
+            norm_eps,
+            activation,
+            quantization,
+            [layer.num_heads for layer in layers],
+            [layer.intermediate_size for layer in layers],
+        )
+
+
+def encoder(hidden: Tensor, layers: EncoderLayers, *, cu_seqlens: Tensor) -> Tensor | None:
     """Run `layers` in order, or return None where the ops have to run one by one.
 
     None means: gradients may be needed, another backend is forced, the call is traced, or some
-    layer is not for the C++ kernels. The ops themselves then say why.
+    tensor is not for the C++ kernels. The ops themselves then say why.
 
     Args:
         hidden: Tokens, ``[total_tokens, hidden_size]``.
@@ -53,51 +110,24 @@ def encoder(hidden: Tensor, layers: Sequence[EncoderLayer], *, cu_seqlens: Tenso
     Raises:
         ValueError: A shape, dtype or size is out of range.
     """
-    if (
-        torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        or forced_backend() not in (None, "cpu")
-        or hidden.device.type != _cpu.DEVICE
-        or _cpu.kernels_missing() is not None
-        or not layers
-    ):
+    if not _cpu.runs_unforced(hidden):
         return None
-    compute = compute_name(hidden, layers[0].ffn.quantization)
-    activation = layers[0].ffn.activation
-    attention_weights: list[Tensor] = []
-    ffn_weights: list[Tensor] = []
-    eps: list[float] = []
-    for layer in layers:
-        if not _fits(layer, hidden, compute, activation):
-            return None
-        attention, ffn = layer.attention, layer.ffn
-        attention_weights += attention.elastic()
-        attention_weights += (attention.out_bias, attention.norm_weight, attention.norm_bias)
-        ffn_weights += ffn.elastic()
-        ffn_weights += (ffn.down_bias, ffn.norm_weight, ffn.norm_bias)
-        eps += (attention.norm_eps, ffn.norm_eps)
+    compute = compute_name(hidden, layers.quantization)
+    if compute not in _cpu.COMPUTE or hidden.dtype not in _cpu.DTYPES:
+        return None
+    # Of the first weight of each sublayer, which its other tensors are like.
+    matrices = (*layers.attention_weights[::6], *layers.ffn_weights[::6])
+    if not set(map(_dtype_of, matrices)) <= _cpu.DTYPES:
+        return None
     result: Tensor = _NATIVE(
         hidden,
-        attention_weights,
-        ffn_weights,
-        eps,
-        activation,
-        [layer.num_heads for layer in layers],
-        [layer.intermediate_size for layer in layers],
+        layers.attention_weights,
+        layers.ffn_weights,
+        layers.norm_eps,
+        layers.activation,
+        layers.num_heads,
+        layers.intermediate_sizes,
         cu_seqlens,
         compute,
     )
     return result
-
-
-def _fits(layer: EncoderLayer, hidden: Tensor, compute: str, activation: str) -> bool:
-    attention, ffn = layer.attention, layer.ffn
-    return (
-        attention.quantization == ffn.quantization
-        and compute_name(hidden, ffn.quantization) == compute
-        and ffn.activation == activation
-        and attention.head_dim % 8 == 0
-        and _cpu.why_not(hidden, attention.qkv_weight, None, compute) is None
-        and _cpu.why_not(hidden, ffn.up_weight, None, compute) is None
-    )

@@ -11,8 +11,8 @@ head_dim, I FFN neurons.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import is_
-from typing import Any, Generic, Literal, TypeVar, cast
+from operator import attrgetter, is_, itemgetter
+from typing import Any, Generic, Literal, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from dynabert.configuration_dynabert import DynaBertConfig
+from dynabert.modeling_embeddings import DynaBertEmbeddings
 from dynabert.modeling_inputs import (
     BatchLayout,
     check_ids,
@@ -29,10 +30,11 @@ from dynabert.modeling_inputs import (
     repeated_rows,
 )
 from dynabert.modeling_pretrained import DynaBertPreTrainedModel
-from dynabert.modeling_steps import LayerStep, layer_steps, width_of
+from dynabert.modeling_steps import LayerStep, layer_steps, own_states, width_of
+from dynabert.modeling_watch import ModuleWatch
 from dynabert.subnet import ForEach, SubnetConfig, SubnetShape
 from dynabert_kernels import PackedAttention, PackedFFN, attention, ffn
-from dynabert_kernels.ops.encoder import EncoderLayer, encoder
+from dynabert_kernels.ops.encoder import EncoderLayer, EncoderLayers, encoder
 from dynabert_kernels.varlen import Packing
 
 Subnet = SubnetConfig | SubnetShape | None
@@ -40,40 +42,17 @@ Subnets = Subnet | Sequence[Subnet] | ForEach
 States = bool | Literal["packed"] | None
 PackedT = TypeVar("PackedT", PackedAttention, PackedFFN)
 _TENSORS_PER_SUBLAYER = 6
-
-
-class DynaBertEmbeddings(nn.Module):
-    """Word, position and segment embeddings, summed and normalised; never elastic."""
-
-    def __init__(self, config: DynaBertConfig) -> None:
-        super().__init__()
-        pad = config.pad_token_id
-        position_pad = pad if config.architecture == "roberta" else None
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=pad)
-        self.position_embeddings = nn.Embedding(
-            config.max_position_embeddings, config.hidden_size, padding_idx=position_pad
-        )
-        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-
-    def forward(self, words: Tensor, positions: Tensor, segments: Tensor) -> Tensor:
-        """Embed packed tokens.
-
-        Args:
-            words: Token ids, ``[T]`` integer; or embeddings in their place, ``[T, C]``.
-            positions: ``[T]`` integer.
-            segments: Token types, ``[T]`` integer.
-
-        Returns:
-            ``[T, C]``.
-        """
-        embedded = words if words.is_floating_point() else self.word_embeddings(words)
-        embedded = (
-            embedded + self.token_type_embeddings(segments) + self.position_embeddings(positions)
-        )
-        normed: Tensor = self.dropout(self.norm(embedded))
-        return normed
+_SUBLAYERS = ("attention", "ffn")
+# Subnets of which a model keeps what they mean; a call with another one resolves it again.
+_MOST_KEPT = 64
+_HASHABLE = (SubnetConfig, SubnetShape, type(None))
+# What the meaning of a subnet depends on.
+_network_size = itemgetter(
+    "num_hidden_layers", "num_attention_heads", "intermediate_size", "depth_rule"
+)
+# `DynaBertSublayer._settings`, without a line of Python for each sublayer.
+_settings_of = attrgetter("norm_eps", "quantization")
+_ffn_settings_of = attrgetter("norm_eps", "activation", "quantization")
 
 
 class DynaBertSublayer(nn.Module, Generic[PackedT]):
@@ -209,22 +188,25 @@ class DynaBertLayer(GradientCheckpointingLayer):
         hidden = self.ffn(hidden, step.intermediate_size, packing)
         return hidden
 
-    def is_plain(self) -> bool:
-        """Whether a call does no more than its two ops: no dropout, no hooks, nothing replaced."""
-        attention, ffn = self.attention, self.ffn
-        return (
-            not self.training
-            and type(attention) is DynaBertAttention
-            and type(ffn) is DynaBertFFN
-            and not any(
-                part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__
-                for part in (self, attention, ffn)
-            )
-        )
+
+class _NativeLayers(NamedTuple):
+    """The layers of `steps` as one native call takes them, and the settings that hold for that."""
+
+    steps: tuple[LayerStep, ...]
+    attentions: list[DynaBertAttention]
+    ffns: list[DynaBertFFN]
+    settings: list[Any]
+    layers: EncoderLayers | None
+
+    def current_settings(self) -> list[Any]:
+        """The settings of the sublayers as they are now."""
+        return [*map(_settings_of, self.attentions), *map(_ffn_settings_of, self.ffns)]
 
 
 class DynaBertEncoder(nn.Module):
     """The stack of layers, of which a call runs some."""
+
+    _watches: dict[int, ModuleWatch[_NativeLayers]] | None = None
 
     def __init__(self, config: DynaBertConfig) -> None:
         super().__init__()
@@ -233,7 +215,7 @@ class DynaBertEncoder(nn.Module):
     def forward(
         self,
         hidden: Tensor,
-        steps: Sequence[LayerStep],
+        steps: tuple[LayerStep, ...],
         packing: Packing,
         attn_mask: Tensor | None = None,
         last_only: bool = False,
@@ -263,19 +245,56 @@ class DynaBertEncoder(nn.Module):
         return states
 
     def _run_at_once(
-        self, hidden: Tensor, steps: Sequence[LayerStep], packing: Packing
+        self, hidden: Tensor, steps: tuple[LayerStep, ...], packing: Packing
     ) -> Tensor | None:
         """The state after the last of `steps` from one call for all, or None where none can."""
-        layers = []
-        for index, heads, neurons, rows in steps:
-            layer = self.layer[index]
-            if isinstance(heads, Tensor) or isinstance(neurons, Tensor) or rows is not None:
+        if self.training or torch.compiler.is_compiling():
+            return None
+        if self._watches is None or len(self._watches) > _MOST_KEPT:
+            self._watches = {}
+        watch = self._watches.get(id(steps))
+        if (
+            watch is None
+            or watch.made.steps is not steps
+            or not watch.is_plain()
+            or watch.made.current_settings() != watch.made.settings
+        ):
+            watch = self._watched(steps)
+            if watch is None:
                 return None
-            if type(layer) is not DynaBertLayer or not layer.is_plain():
+            self._watches[id(steps)] = watch
+        layers = watch.made.layers
+        return None if layers is None else encoder(hidden, layers, cu_seqlens=packing.cu_seqlens)
+
+    def _watched(self, steps: tuple[LayerStep, ...]) -> ModuleWatch[_NativeLayers] | None:
+        """None where a layer does more than its two ops, or not all of the batch at one width."""
+        if any(
+            isinstance(heads, Tensor) or isinstance(neurons, Tensor) or rows is not None
+            for _, heads, neurons, rows in steps
+        ):
+            return None
+        stack = [cast(DynaBertLayer, self.layer[step.layer]) for step in steps]
+        for layer in stack:
+            parts = [layer, *map(layer._modules.get, _SUBLAYERS)]
+            if list(map(type, parts)) != [DynaBertLayer, DynaBertAttention, DynaBertFFN]:
                 return None
-            weights = layer.attention.packed(), layer.ffn.packed()
-            layers.append(EncoderLayer(*weights, heads, neurons))
-        return encoder(hidden, layers, cu_seqlens=packing.cu_seqlens)
+        runs = [
+            EncoderLayer(
+                layer.attention.packed(),
+                layer.ffn.packed(),
+                cast(int, step.num_heads),
+                cast(int, step.intermediate_size),
+            )
+            for layer, step in zip(stack, steps, strict=True)
+        ]
+        attentions, ffns = [layer.attention for layer in stack], [layer.ffn for layer in stack]
+        made = _NativeLayers(steps, attentions, ffns, [], EncoderLayers.of(runs))
+        watch = ModuleWatch(
+            [self, *[self.layer] * len(steps), *stack],
+            [["layer"], *([str(step.layer)] for step in steps), *[_SUBLAYERS] * len(steps)],
+            made._replace(settings=made.current_settings()),
+        )
+        return watch if watch.is_plain() else None
 
     def for_each(
         self,
@@ -329,6 +348,7 @@ class DynaBertModel(DynaBertPreTrainedModel):
     """The encoder, with padding removed before the embeddings and restored after the last layer."""
 
     weights_prefix = ""
+    _kept_steps: dict[tuple[Any, ...], tuple[LayerStep, ...]] | None = None
 
     def __init__(self, config: DynaBertConfig, add_pooling_layer: bool = True) -> None:
         super().__init__(config)
@@ -391,27 +411,17 @@ class DynaBertModel(DynaBertPreTrainedModel):
         check_kwargs(self.config, kwargs)
         tokens = checked_tokens(input_ids, inputs_embeds, self.config)
         batch_size, seq_len = tokens.shape[:2]
-        num_types, num_positions = self.config.type_vocab_size, self.config.max_position_embeddings
-        check_ids("token_type_ids", token_type_ids, batch_size, seq_len, num_types)
-        check_ids("position_ids", position_ids, batch_size, seq_len, num_positions)
-        if position_ids is None:
-            position_ids = self._positions(input_ids, batch_size, seq_len, tokens.device)
-        if token_type_ids is None:
-            token_type_ids = torch.zeros(
-                batch_size, seq_len, dtype=torch.long, device=tokens.device
-            )
-        shapes = self._shapes(subnet, batch_size)
+        check_ids("token_type_ids", token_type_ids, batch_size, seq_len)
+        check_ids("position_ids", position_ids, batch_size, seq_len)
+        steps = self._steps(subnet, batch_size)
         layout = BatchLayout.of(attention_mask, batch_size, seq_len, tokens.device)
 
-        hidden = self.embeddings(
-            layout.pack(tokens),
-            layout.pack(position_ids.expand(batch_size, seq_len)),
-            layout.pack(token_type_ids.expand(batch_size, seq_len)),
-        )
+        hidden = self.embeddings(tokens, position_ids, token_type_ids, layout.packing)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         hidden_states: Any = None
         if isinstance(subnet, ForEach):
+            shapes = [self.subnet_shape(entry) for entry in subnet.subnets]
             each = self.encoder.for_each(hidden, shapes, layout.packing, layout.pair_mask)
             last = layout.repeat(len(each)).restore(torch.cat([states[-1] for states in each]))
             if output_hidden_states == "packed":
@@ -419,7 +429,6 @@ class DynaBertModel(DynaBertPreTrainedModel):
             elif output_hidden_states:
                 hidden_states = tuple(tuple(map(layout.restore, states)) for states in each)
         else:
-            steps = layer_steps(shapes)
             states = self.encoder(
                 hidden, steps, layout.packing, layout.pair_mask, not output_hidden_states
             )
@@ -428,36 +437,37 @@ class DynaBertModel(DynaBertPreTrainedModel):
                 hidden_states = _packed_states(states, steps)
             elif output_hidden_states:
                 padded = [*map(layout.restore, states[:-1]), last]
-                hidden_states = tuple(_own_states(padded, steps, batch_size))
+                hidden_states = tuple(own_states(padded, steps, batch_size))
         mask = repeated_rows(attention_mask, subnet)
         pooled = self.pooler(first_token(last, mask)) if self.pooler is not None else None
-        output = BaseModelOutputWithPooling(
+        if not self.wants_dict(return_dict):
+            return tuple(part for part in (last, pooled, hidden_states) if part is not None)
+        return BaseModelOutputWithPooling(
             last_hidden_state=last, pooler_output=pooled, hidden_states=hidden_states
         )
-        return output if self.wants_dict(return_dict) else output.to_tuple()
 
-    def _positions(
-        self, input_ids: Tensor | None, batch_size: int, seq_len: int, device: torch.device
-    ) -> Tensor:
-        """Positions as the architecture counts them, padding included, ``[B or 1, S]``."""
-        offset = self.config.position_offset
-        if self.config.architecture == "roberta" and input_ids is not None:
-            is_token = input_ids.ne(cast(int, self.config.pad_token_id)).long()
-            return is_token.cumsum(dim=1) * is_token + (offset - 1)
-        return torch.arange(offset, offset + seq_len, device=device).unsqueeze(0)
-
-    def _shapes(self, subnet: Subnets, batch_size: int) -> list[SubnetShape]:
-        """One shape for the whole batch, one per sequence, or those of `ForEach`."""
+    def _steps(self, subnet: Subnets, batch_size: int) -> tuple[LayerStep, ...]:
+        """What to run with one subnet for the whole batch or one per sequence."""
+        if subnet is None:
+            subnet = self.default_subnet
         if isinstance(subnet, ForEach):
-            return [self.subnet_shape(entry) for entry in subnet.subnets]
-        if not isinstance(subnet, Sequence) or isinstance(subnet, str):
-            return [self.subnet_shape(self.default_subnet if subnet is None else subnet)]
-        if len(subnet) != batch_size:
-            raise ValueError(
-                f"{type(self).__name__}: subnet has {len(subnet)} entries, expected one per "
-                f"sequence ({batch_size})."
-            )
-        return [self.subnet_shape(entry) for entry in subnet] or [self.subnet_shape(None)]
+            return ()
+        if isinstance(subnet, Sequence) and not isinstance(subnet, str):
+            if len(subnet) != batch_size:
+                raise ValueError(
+                    f"{type(self).__name__}: subnet has {len(subnet)} entries, expected one per "
+                    f"sequence ({batch_size})."
+                )
+            return layer_steps([self.subnet_shape(entry) for entry in subnet or [None]])
+        if torch.compiler.is_compiling() or not isinstance(subnet, _HASHABLE):
+            return layer_steps([self.subnet_shape(subnet)])
+        if self._kept_steps is None or len(self._kept_steps) > _MOST_KEPT:
+            self._kept_steps = {}
+        key = subnet, _network_size(vars(self.config))
+        steps = self._kept_steps.get(key)
+        if steps is None:
+            steps = self._kept_steps[key] = layer_steps([self.subnet_shape(subnet)])
+        return steps
 
 
 def _replaced(hidden: Tensor, tokens: Tensor | slice, rows: Tensor) -> Tensor:
@@ -474,29 +484,3 @@ def _packed_states(states: Sequence[Tensor], steps: Sequence[LayerStep]) -> tupl
             "depths, expected one depth. Use True, or ForEach for a batch at several subnets."
         )
     return tuple(states)
-
-
-def _own_states(
-    padded: Sequence[Tensor], steps: Sequence[LayerStep], batch_size: int
-) -> list[Tensor]:
-    """Each sequence's own hidden states, from the state of the batch after each step."""
-    if all(step.rows is None for step in steps):
-        return list(padded)
-    own: list[list[int]] = [[0] for _ in range(batch_size)]  # the steps that changed each sequence
-    for done, step in enumerate(steps, start=1):
-        for row in range(batch_size) if step.rows is None else step.rows:
-            own[row].append(done)
-    states = []
-    for k in range(max(map(len, own))):
-        groups: dict[int, list[int]] = {}
-        for row, done_steps in enumerate(own):
-            groups.setdefault(done_steps[k] if k < len(done_steps) else -1, []).append(row)
-        pieces = [
-            torch.zeros_like(padded[0][rows]) if done < 0 else padded[done][rows]
-            for done, rows in groups.items()
-        ]
-        order = torch.tensor(
-            [row for rows in groups.values() for row in rows], device=padded[0].device
-        )
-        states.append(torch.cat(pieces)[order.argsort()])
-    return states

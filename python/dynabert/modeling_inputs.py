@@ -111,7 +111,7 @@ def checked_tokens(
 
     Raises:
         TypeError: It is not such a tensor.
-        ValueError: There are both or none, or the shape is wrong.
+        ValueError: There are both or none, or the shape is wrong. `check_range` is for the values.
     """
     if (input_ids is None) == (inputs_embeds is None):
         got = "neither" if input_ids is None else "both"
@@ -134,17 +134,15 @@ def checked_tokens(
             f"{_WHO}: {name} has seq_len={tokens.shape[1]}, expected 1 to {config.max_seq_len}. "
             "Truncate longer texts; the position embeddings end there."
         )
-    if input_ids is not None:
-        _check_range(name, tokens, config.vocab_size)
     return tokens
 
 
-def check_ids(name: str, ids: Tensor | None, batch_size: int, seq_len: int, limit: int) -> None:
-    """Check token types or positions, of which there are `limit`.
+def check_ids(name: str, ids: Tensor | None, batch_size: int, seq_len: int) -> None:
+    """Check the form of token types or positions; `check_range` is for their values.
 
     Raises:
         TypeError: They are not an integer tensor.
-        ValueError: There is not one per token, or one is out of range.
+        ValueError: There is not one per token.
     """
     if ids is None:
         return
@@ -155,12 +153,15 @@ def check_ids(name: str, ids: Tensor | None, batch_size: int, seq_len: int, limi
             f"{_WHO}: {name}.shape={list(ids.shape)}, expected [{batch_size}, {seq_len}], one per "
             "token."
         )
-    _check_range(name, ids, limit)
 
 
-def _check_range(name: str, ids: Tensor, limit: int) -> None:
-    """Name what is out of range, where looking costs no wait for a device."""
-    if ids.device.type != "cpu" or ids.numel() == 0 or _is_graph():
+def check_range(name: str, ids: Tensor | None, limit: int) -> None:
+    """Name what is out of range, where looking costs no wait for a device.
+
+    Raises:
+        ValueError: An id is not from 0 to below `limit`.
+    """
+    if ids is None or ids.device.type != "cpu" or ids.numel() == 0 or _is_graph():
         return
     for extreme in torch.stack(ids.aminmax()).tolist():
         if not 0 <= extreme < limit:

@@ -1,4 +1,4 @@
-"""Which layers a call runs, at what widths, for which of its sequences."""
+"""Which layers a call runs, at what widths, for which of its sequences, and the states between."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class LayerStep(NamedTuple):
     rows: tuple[int, ...] | None
 
 
-def layer_steps(shapes: Sequence[SubnetShape]) -> list[LayerStep]:
+def layer_steps(shapes: Sequence[SubnetShape]) -> tuple[LayerStep, ...]:
     """The layers that run, in order, from one shape for all sequences or one for each."""
     if all(shape == shapes[0] for shape in shapes[1:]):
-        return [
+        return tuple(
             LayerStep(layer.index, layer.num_heads, layer.intermediate_size, None)
             for layer in shapes[0].layers
-        ]
+        )
     runs: dict[int, list[tuple[int, int, int]]] = {}
     for row, shape in enumerate(shapes):
         for layer in shape.layers:
@@ -40,7 +40,7 @@ def layer_steps(shapes: Sequence[SubnetShape]) -> list[LayerStep]:
         rows, heads, neurons = zip(*runs[index], strict=True)
         some = None if len(rows) == len(shapes) else rows
         steps.append(LayerStep(index, width_of(heads), width_of(neurons), some))
-    return steps
+    return tuple(steps)
 
 
 def width_of(values: tuple[int, ...], repeats: int = 1) -> int | Tensor:
@@ -48,3 +48,29 @@ def width_of(values: tuple[int, ...], repeats: int = 1) -> int | Tensor:
     if len(set(values)) == 1:
         return values[0]
     return torch.tensor(values, dtype=torch.int32).repeat_interleave(repeats)
+
+
+def own_states(
+    padded: Sequence[Tensor], steps: Sequence[LayerStep], batch_size: int
+) -> list[Tensor]:
+    """Each sequence's own hidden states, from the state of the batch after each step."""
+    if all(step.rows is None for step in steps):
+        return list(padded)
+    own: list[list[int]] = [[0] for _ in range(batch_size)]  # the steps that changed each sequence
+    for done, step in enumerate(steps, start=1):
+        for row in range(batch_size) if step.rows is None else step.rows:
+            own[row].append(done)
+    states = []
+    for k in range(max(map(len, own))):
+        groups: dict[int, list[int]] = {}
+        for row, done_steps in enumerate(own):
+            groups.setdefault(done_steps[k] if k < len(done_steps) else -1, []).append(row)
+        pieces = [
+            torch.zeros_like(padded[0][rows]) if done < 0 else padded[done][rows]
+            for done, rows in groups.items()
+        ]
+        order = torch.tensor(
+            [row for rows in groups.values() for row in rows], device=padded[0].device
+        )
+        states.append(torch.cat(pieces)[order.argsort()])
+    return states
