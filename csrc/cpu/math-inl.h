@@ -186,6 +186,7 @@ inline Tokens stage_tokens(Compute compute, Element element, const void* base, s
                            std::int64_t first, std::int64_t last, ScratchFrame& frame) {
   const std::int64_t units = ceil_div(count, per_unit(compute));
   const bool as_is = count % per_unit(compute) == 0 &&
+                     reinterpret_cast<std::uintptr_t>(base) % sizeof(std::uint32_t) == 0 &&
                      ((compute == Compute::kFloat32 && element == Element::kFloat32) ||
                       (compute == Compute::kBFloat16 && element == Element::kBFloat16));
   if (as_is) {

@@ -67,7 +67,8 @@ def test_a_run_trains_all_stages_and_reports_the_grid(
     plain_bert: Path, make_data: MakeData, tokenizer: Any, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    asked = arguments(run_dir, teacher_epochs=8, width_epochs=4)
+    # With dropout, one seed in a few leaves so small a network untrained, on every backend.
+    asked = arguments(run_dir, teacher_epochs=8, width_epochs=4, seed=0)
     result = run_stages(plain_bert, make_data(), tokenizer, asked)
 
     model = DynaBertForSequenceClassification.from_pretrained(result.model_dir)
