@@ -21,7 +21,13 @@ from dynabert_kernels.ops import _cpu, _op
 from dynabert_kernels.ops.attention import ATTENTION
 from dynabert_kernels.ops.ffn import FFN
 from dynabert_kernels.quantization import NEURON_GROUP
-from dynabert_kernels.testing import converted, random_attention, random_ffn, random_hidden
+from dynabert_kernels.testing import (
+    converted,
+    random_attention,
+    random_ffn,
+    random_hidden,
+    tensors_of,
+)
 from dynabert_kernels.varlen import offsets_of
 
 HIDDEN = 64
@@ -254,3 +260,24 @@ def test_a_write_that_torch_does_not_count_needs_invalidate(extension):
 
 def test_the_extension_has_the_same_neuron_group(extension):
     assert prepared._module().neuron_group() == NEURON_GROUP
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_weights_are_prepared_again_after_an_optimiser_step(fused):
+    """A fused step writes without raising the version of its parameters."""
+    weights = converted(random_ffn(24, 16), requires_grad=True)
+    optimizer = torch.optim.AdamW(tensors_of(weights).values(), lr=0.1, fused=fused)
+    hidden = random_hidden(9, 16, seed=1)
+
+    def outputs():
+        with torch.no_grad(), use_backend("cpu"):
+            actual = ffn(hidden, weights, intermediate_size=20)
+        with torch.no_grad(), use_backend("reference"):
+            return actual, ffn(hidden, weights, intermediate_size=20)
+
+    before, _ = outputs()
+    ffn(hidden, weights, intermediate_size=20).square().sum().backward()
+    optimizer.step()
+    after, expected = outputs()
+    assert not torch.allclose(before, after, atol=1e-2)
+    torch.testing.assert_close(after, expected)
