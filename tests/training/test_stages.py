@@ -17,6 +17,7 @@ from dynabert.data.examples import TaskData
 from dynabert.report import GridReport
 from dynabert.training import DynaBertTrainer, RunArguments, Stage, default_stages, run_stages
 from dynabert.training.checkpoint import newest_complete_checkpoint
+from dynabert_kernels import use_backend
 
 ALL = ("teacher", "width", "width-depth", "final")
 MakeData = Callable[..., TaskData]
@@ -67,9 +68,9 @@ def test_a_run_trains_all_stages_and_reports_the_grid(
     plain_bert: Path, make_data: MakeData, tokenizer: Any, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    # With dropout, one seed in a few leaves so small a network untrained, on every backend.
-    asked = arguments(run_dir, teacher_epochs=8, width_epochs=4, seed=0)
-    result = run_stages(plain_bert, make_data(), tokenizer, asked)
+    asked = arguments(run_dir, teacher_epochs=8, width_epochs=4)
+    with use_backend("reference"):  # whether so small a network learns depends on its dropout masks
+        result = run_stages(plain_bert, make_data(), tokenizer, asked)
 
     model = DynaBertForSequenceClassification.from_pretrained(result.model_dir)
     assert model.rewiring is not None
