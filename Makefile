@@ -5,6 +5,7 @@
 #   VENV=.venv              where it goes
 #   VENV_PEERS=.venv-peers  where the runtimes that `make bench-cpu` compares with go
 #   BENCH="--cases ..."     options of `make bench-cpu`; see python -m benchmarks.bench_model --help
+#   BENCH_GPU="--budget-s"  options of `make bench-gpu`; see python -m benchmarks.bench_gpu --help
 #   TORCH_INDEX=URL         a further package index for torch, preferred where it has a local build of
 #                           the pinned version (CPU-only on Linux: the `whl/cpu` index of pytorch.org)
 
@@ -18,6 +19,7 @@ VENV ?= .venv
 VENV_PEERS ?= .venv-peers
 TORCH_INDEX ?=
 BENCH ?=
+BENCH_GPU ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
@@ -34,7 +36,7 @@ PINNED := $(VENV)/.pinned
 INSTALLED := $(VENV)/.installed
 PEERS_PINNED := $(VENV_PEERS)/.pinned
 
-.PHONY: help setup demo test test-long test-gpu asan bench-cpu lint type format clean
+.PHONY: help setup demo test test-long test-gpu asan bench-cpu bench-gpu lint type format clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -50,8 +52,11 @@ test: $(INSTALLED)  ## the fast test suite
 test-long: $(INSTALLED)  ## every test that needs no GPU
 	$(TESTS) -m "not gpu"
 
-test-gpu: $(INSTALLED)  ## the tests that need a GPU
+# Compiling ahead of time is the one part of the Triton tests that a GPU changes nothing about.
+test-gpu: $(INSTALLED)  ## the tests that need a GPU, and the Triton kernels' on it
 	$(TESTS) -m gpu
+	$(TESTS) -m "not slow and not gpu" -k triton --ignore tests/kernels/test_triton_aot.py \
+	  tests/kernels
 
 # A build of its own, beside the environment's; python makes sure that it is loaded. A report ends the
 # process, and -s lets it out.
@@ -70,6 +75,9 @@ bench-cpu: $(INSTALLED) $(PEERS_PINNED)  ## CPU latency against other runtimes: 
 	$(BIN)/python -m benchmarks.cpu_tables benchmarks/results/cpu_latency.jsonl \
 	  --out benchmarks/results/cpu_latency.md --plot docs/images/cpu_latency.svg
 	$(TESTS) -q benchmarks/bench_ops.py --benchmark-json build/bench-cpu/ops.json
+
+bench-gpu: $(INSTALLED)  ## kernels, inference and training on a GPU against their peers: 6 minutes
+	$(BIN)/python -m benchmarks.bench_gpu --out benchmarks/results/gpu.jsonl $(BENCH_GPU)
 
 lint: $(INSTALLED)  ## ruff, clang-format and the project's own rules
 	$(BIN)/ruff check .

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from benchmarks.records import Timing, commit_of_checkout, describe_machine
+from benchmarks.records import commit_of_checkout, describe_machine, timing_row
 from benchmarks.sliced_bert import SlicedBert
 from dynabert import DynaBertForSequenceClassification, subnet_grid
 from dynabert.cli.demo import find_minilm
@@ -46,6 +46,7 @@ from dynabert.training.row_order import RowOrder
 from dynabert.training.step import Batch, Share, StepLosses
 from dynabert.training.subnet_plan import PlannedSubnet, SubnetPlan
 from dynabert_kernels import use_backend
+from dynabert_kernels.timing import Timing
 
 Inputs = dict[str, Tensor]
 _BATCH_SIZE = 32
@@ -305,7 +306,7 @@ def main() -> None:
                     "dtype": "bfloat16 autocast",
                     "batch_size": _BATCH_SIZE,
                     "subnets": [subnet.name for subnet in stage.subnets],
-                    **parts["step"].as_row(),
+                    **timing_row(parts["step"]),
                     "speedup": base / whole,
                     "parts_ms": {part: timing.median_ms for part, timing in parts.items()},
                     "mean_tokens": sum(int(b["attention_mask"].sum()) for b in data) / len(data),

@@ -11,7 +11,21 @@ from dataclasses import dataclass
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 # Most wanted first, so that a section cut short has measured what matters.
-SUBNETS = ((1.0, 1.0), (0.25, 1.0), (0.5, 1.0), (0.75, 1.0), (0.5, 0.5), (0.25, 0.5), (1.0, 0.5))
+DEPTHS = (1.0, 0.75, 0.5)
+SUBNETS = (
+    (1.0, 1.0),
+    (0.25, 1.0),
+    (0.5, 1.0),
+    (0.75, 1.0),
+    (0.5, 0.5),
+    (0.25, 0.5),
+    (1.0, 0.5),
+    (0.75, 0.5),
+    (1.0, 0.75),
+    (0.25, 0.75),
+    (0.5, 0.75),
+    (0.75, 0.75),
+)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
-"""Section C: attention forward and forward plus backward, dense and ragged, by SDPA backend.
+"""Section C: attention forward and forward plus backward, dense and ragged: SDPA, varlen, ours.
 
 Query, key and value are views of one merged projection ``[B, S, 3, H, D]``, as a merged-QKV
 encoder hands them over, so a backend that needs another layout pays for its copies here too;
-the backward pass ends in the gradient of that merged tensor.
+the backward pass ends in the gradient of that merged tensor. Ours takes the projection as its own
+packing lays it out, ``[T, H, 3, D]``, through the launchers, which are imported where they run:
+without a GPU the peers' side is tested, and Triton may be missing.
 Letters: see `benchmarks.geometry`.
 """
 
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -99,64 +102,131 @@ def quickest_backend(
     return (min(times, key=lambda name: times[name]) if times else None), times
 
 
-def _dense_calls(qkv: torch.Tensor, backward: bool) -> dict[str, Callable[[], Any]]:
+def our_attention(
+    qkv: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, heads: int | torch.Tensor
+) -> torch.Tensor:
+    """The Triton backend's attention, ``[T, H, 3, D]`` to ``[T, H, D]``; heads int32 ``[1]`` on the
+    device where only it knows the width."""
+    from dynabert_kernels.triton.launch_attention import attention_core
+
+    out = attention_core(qkv, cu_seqlens, max_seqlen, num_heads=heads)
+    assert isinstance(out, torch.Tensor)
+    return out
+
+
+def _our_both(
+    qkv: torch.Tensor, gradient: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
+) -> torch.Tensor:
+    from dynabert_kernels.triton.launch_attention import attention_core, attention_core_gradient
+
+    heads = qkv.shape[1]
+    out, log_sum = attention_core(qkv, cu_seqlens, max_seqlen, num_heads=heads, keep_log_sum=True)
+    return attention_core_gradient(
+        gradient, qkv, out, log_sum, cu_seqlens, max_seqlen, num_heads=heads
+    )
+
+
+@dataclass
+class _Call:
+    """One competitor on one input: what is timed, and its result in the reference's layout."""
+
+    run: Callable[[], torch.Tensor]
+    restored: Callable[[torch.Tensor], torch.Tensor]
+
+
+def _dense_calls(
+    qkv: torch.Tensor, gradient: torch.Tensor, backward: bool, with_ours: bool
+) -> dict[str, _Call]:
+    """Forward: ``[B, H, S, D]``; with `backward` the gradient of `qkv`, ``[B, S, 3, H, D]``."""
     batch_size, seq_len = qkv.shape[:2]
     offsets = torch.arange(batch_size + 1, device=qkv.device, dtype=torch.int32) * seq_len
 
     def ragged(x: torch.Tensor) -> torch.Tensor:
-        return varlen_attention(x.flatten(0, 1), offsets, seq_len)
+        out = varlen_attention(x.flatten(0, 1), offsets, seq_len)
+        return out.unflatten(0, (batch_size, seq_len)).transpose(1, 2)
 
     forwards: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         name: partial(attend, backend=name) for name in BACKENDS
     }
     forwards["default"] = partial(attend, backend=None)
     forwards["varlen"] = ragged
-    if not backward:
-        return {name: partial(f, qkv) for name, f in forwards.items()}
 
-    gradients: dict[str, torch.Tensor] = {}
-
-    def both(name: str) -> tuple[torch.Tensor, ...]:
+    def both(forward: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         leaf = qkv.detach().requires_grad_()
-        out = forwards[name](leaf)
-        if name not in gradients:
-            gradients[name] = torch.randn_like(out)
-        return torch.autograd.grad(out, leaf, gradients[name])
+        (result,) = torch.autograd.grad(forward(leaf), leaf, gradient)
+        return result
 
-    return {name: partial(both, name) for name in forwards}
+    calls = {
+        name: _Call(partial(both, f) if backward else partial(f, qkv), lambda out: out)
+        for name, f in forwards.items()
+    }
+    if with_ours:
+        packed = qkv.permute(0, 1, 3, 2, 4).flatten(0, 1).contiguous()  # [T, H, 3, D]
+        given = gradient.transpose(1, 2).flatten(0, 1).contiguous()
+        sizes = (batch_size, seq_len)
+        if backward:
+            calls["ours"] = _Call(
+                partial(_our_both, packed, given, offsets, seq_len),
+                lambda out: out.unflatten(0, sizes).transpose(2, 3),
+            )
+        else:
+            heads = qkv.shape[3]
+            on_device = torch.tensor([heads], dtype=torch.int32, device=qkv.device)
+            widths: dict[str, int | torch.Tensor] = {"ours": heads, "ours device width": on_device}
+            for name, width in widths.items():
+                calls[name] = _Call(
+                    partial(our_attention, packed, offsets, seq_len, width),
+                    lambda out: out.unflatten(0, sizes).transpose(1, 2),
+                )
+    return calls
+
+
+def _reference(qkv: torch.Tensor, gradient: torch.Tensor, backward: bool) -> torch.Tensor:
+    if not backward:
+        return reference_attention(qkv)
+    leaf = qkv.float().requires_grad_()
+    (result,) = torch.autograd.grad(reference_attention(leaf), leaf, gradient.float())
+    return result
 
 
 def measure_dense(
-    recorder: Recorder, device: str, geometry: Geometry, heads: int, seq_len: int, tokens: int
+    recorder: Recorder,
+    device: str,
+    geometry: Geometry,
+    heads: int,
+    seq_len: int,
+    tokens: int,
+    *,
+    with_ours: bool = False,
 ) -> None:
     """All backends at one shape, forward and forward plus backward."""
     batch_size, head_dim = tokens // seq_len, geometry.head_dim
-    qkvs = [
-        torch.randn(batch_size, seq_len, 3, heads, head_dim, device=device).to(torch.bfloat16)
+    sets = [
+        (
+            torch.randn(batch_size, seq_len, 3, heads, head_dim, device=device).to(torch.bfloat16),
+            torch.randn(batch_size, heads, seq_len, head_dim, device=device).to(torch.bfloat16),
+        )
         for _ in range(3)
     ]
-    reference = reference_attention(qkvs[0][:2])
     flops = 4.0 * batch_size * heads * seq_len * seq_len * head_dim
     for backward in (False, True):
         case = "forward_backward" if backward else "forward"
+        reference = _reference(sets[0][0][:2], sets[0][1][:2], backward)
         fields: dict[str, Any] = {
             "dtype": "bf16",
             "shape": {"B": batch_size, "S": seq_len, "H": heads, "D": head_dim},
             "l2": "cold",
         }
         variants: dict[str, Variant] = {}
-        errors: dict[str, float | None] = {}
-        calls = [_dense_calls(qkv, backward) for qkv in qkvs]
-        for name in calls[0]:
+        errors: dict[str, float] = {}
+        rotation = [_dense_calls(*operands, backward, with_ours) for operands in sets]
+        for name, first in rotation[0].items():
             with recorder.guarded("C attention", case, peer=name, **fields):
-                if not backward:
-                    out = calls[0][name]()
-                    if name == "varlen":
-                        out = out.unflatten(0, (batch_size, seq_len)).transpose(1, 2)
-                    errors[name] = relative_error(out[:2], reference)
-                variants[name] = graphed([c[name] for c in calls], device)
+                errors[name] = relative_error(first.restored(first.run())[:2], reference)
+                if not errors[name] < 2e-2:
+                    raise ValueError(f"wrong: relative error {errors[name]:.2e}")
+                variants[name] = graphed([calls[name].run for calls in rotation], device)
         for name, timing in measure(variants, device, samples=12, max_s=1.0).items():
-            wrong = errors.get(name) or 0.0
             recorder.add(
                 "C attention",
                 case,
@@ -165,17 +235,23 @@ def measure_dense(
                 flops=flops * (3.5 if backward else 1.0),
                 bytes_moved=2.0 * tokens * heads * head_dim * (12 if backward else 4),
                 ceiling_of="bf16",
-                rel_err=errors.get(name),
-                error=None if wrong < 2e-2 else f"wrong: relative error {wrong:.2e}",
+                rel_err=errors[name],
                 notes=variants[name].notes,
                 **fields,
             )
 
 
 def measure_ragged(
-    recorder: Recorder, device: str, geometry: Geometry, heads: int, batch_size: int, longest: int
+    recorder: Recorder,
+    device: str,
+    geometry: Geometry,
+    heads: int,
+    batch_size: int,
+    longest: int,
+    *,
+    with_ours: bool = False,
 ) -> None:
-    """Short texts: `varlen_attn` on real tokens against masked SDPA on padded ones."""
+    """Short texts: `varlen_attn` and ours on real tokens, masked SDPA on padded ones."""
     lengths = short_text_lengths(batch_size, longest)
     head_dim, dtype = geometry.head_dim, torch.bfloat16
     total = sum(lengths)
@@ -198,6 +274,15 @@ def measure_ragged(
         reference = reference_attention(dense[0], mask).transpose(1, 2)[real]
         if padded == longest:
             errors["varlen"] = relative_error(calls["varlen"][0](), reference)
+            if with_ours:
+                with recorder.guarded("C attention", "ragged_forward", peer="ours", shape=shape):
+                    calls["ours"] = [
+                        partial(
+                            our_attention, x.transpose(1, 2).contiguous(), cu, max(lengths), heads
+                        )
+                        for x in ragged
+                    ]
+                    errors["ours"] = relative_error(calls["ours"][0](), reference)
         for backend in ("cudnn", "efficient", "math", None):
             name = f"masked_{backend or 'default'}_S{padded}"
             with recorder.guarded("C attention", "ragged_forward", peer=name, shape=shape):
@@ -208,6 +293,8 @@ def measure_ragged(
                 calls[name] = list_
     variants: dict[str, Variant] = {}
     for name, list_ in calls.items():
+        if name not in errors:
+            continue
         with recorder.guarded("C attention", "ragged_forward", peer=name, shape=shape):
             variants[name] = graphed(list_, device)
     for name, timing in measure(variants, device, samples=12, max_s=1.5).items():
@@ -231,6 +318,7 @@ def measure_ragged(
 def run(recorder: Recorder, device: str, *, budget_s: float, smoke: bool) -> None:
     """Section C within `budget_s` seconds."""
     deadline = Deadline(budget_s)
+    with_ours = device == "cuda"
     heat_up(device)
     geometry = TINY if smoke else BASE
     lengths = (8, 16) if smoke else (128, 256, 512)
@@ -243,10 +331,14 @@ def run(recorder: Recorder, device: str, *, budget_s: float, smoke: bool) -> Non
                 recorder.add("C attention", "dense", error="shed: no time left", shape=shape)
                 continue
             with recorder.guarded("C attention", "dense", shape=shape):
-                measure_dense(recorder, device, geometry, heads, seq_len, tokens)
+                measure_dense(
+                    recorder, device, geometry, heads, seq_len, tokens, with_ours=with_ours
+                )
     with torch.inference_mode():
         for width in (1.0, 0.25):
             batch_size, longest = (4, 16) if smoke else (128, 128)
             heads = geometry.heads(width)
             with recorder.guarded("C attention", "ragged_forward", shape={"H": heads}):
-                measure_ragged(recorder, device, geometry, heads, batch_size, longest)
+                measure_ragged(
+                    recorder, device, geometry, heads, batch_size, longest, with_ours=with_ours
+                )

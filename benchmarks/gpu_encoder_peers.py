@@ -1,67 +1,90 @@
-"""The peers behind one interface: a name and `prepare(subnet, batch)` -> function on hidden states.
+"""The peers behind one interface: from token ids to the last hidden state.
 
 P1 is Hugging Face as it is, P2 and P2b a plain encoder under torch.compile, P4 the same on real
-tokens only. P3 (JAX) runs in a process of its own, `benchmarks.jax_peer`. Another backend joins
-by being one more class with these members. Letters: see `benchmarks.geometry`.
+tokens only. P3 (JAX, the layers alone) runs in a process of its own, `benchmarks.jax_peer`; our
+own model joins in `benchmarks.gpu_ours`. Letters: see `benchmarks.geometry`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import sdpa_kernel
 from transformers import BertModel
 
 from benchmarks import peer_models
 from benchmarks.geometry import Subnet
 from benchmarks.gpu_attention import BACKENDS
+from benchmarks.gpu_timing import Variant, eager, graphed, is_rehearsal
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
+# An eager forward pass of 12 layers takes the host 3 to 15 ms.
+EAGER_BACKLOG_MS = 20.0
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One input: hidden states, and the lengths if some positions are padding.
+    """One input: token ids, and the lengths if some positions are padding.
 
     Attributes:
-        hidden: Embedded tokens, ``[B, S, C]``.
+        ids: ``[B, S]`` int64.
         lengths: Real tokens per sequence; None if all are.
         backend: SDPA backend to force; None for PyTorch's choice.
     """
 
-    hidden: torch.Tensor
+    ids: torch.Tensor
     lengths: tuple[int, ...] | None = None
     backend: str | None = None
 
     @property
     def real(self) -> torch.Tensor:
         """True at real tokens, ``[B, S]``."""
-        batch_size, seq_len, _ = self.hidden.shape
-        lengths = torch.tensor(self.lengths or [seq_len] * batch_size, device=self.hidden.device)
-        return torch.arange(seq_len, device=self.hidden.device) < lengths[:, None]
+        batch_size, seq_len = self.ids.shape
+        lengths = torch.tensor(self.lengths or [seq_len] * batch_size, device=self.ids.device)
+        return torch.arange(seq_len, device=self.ids.device) < lengths[:, None]
 
     @property
     def mask(self) -> torch.Tensor | None:
         """True at keys to attend to, ``[B, 1, S, S]``; None without padding."""
         if self.lengths is None:
             return None
-        batch_size, seq_len, _ = self.hidden.shape
+        batch_size, seq_len = self.ids.shape
         return self.real[:, None, None, :].expand(batch_size, 1, seq_len, seq_len).contiguous()
 
 
-class Peer(Protocol):
-    """What the harness needs of a competitor."""
+class Peer:
+    """What the harness needs of a competitor.
+
+    Attributes:
+        name: In the rows.
+        captured: Whether the harness captures the calls in a CUDA graph.
+        packed: Whether the input is the real tokens only, ``[T]``, and the output ``[T, C]``.
+    """
 
     name: str
-    captured: bool  # whether the harness may capture the function in a CUDA graph
+    captured: bool = True
+    packed: bool = False
 
     def prepare(self, subnet: Subnet, batch: Batch) -> Forward:
-        """A function on hidden states ``[B, S, C]`` (``[T, C]`` if the peer is unpadded)."""
-        ...
+        """A function from token ids to the last hidden state, ``[B, S]`` to ``[B, S, C]``."""
+        raise NotImplementedError
+
+    def variant(self, subnet: Subnet, batch: Batch, static: torch.Tensor, device: str) -> Variant:
+        """One call on the input `static`, which the harness may fill anew between calls."""
+        call = partial(self.prepare(subnet, batch), static)
+        call()
+        if self.captured:
+            return graphed([call], device)
+        variant = eager([call])
+        variant.backlog_ms = EAGER_BACKLOG_MS
+        return variant
 
 
 @contextlib.contextmanager
@@ -74,9 +97,42 @@ def forced(backend: str | None) -> Iterator[None]:
             yield
 
 
+class EmbeddingWeights(NamedTuple):
+    """Tables and LayerNorm of a BERT embedding; token types are all 0."""
+
+    word: torch.Tensor  # [vocabulary, C]
+    position: torch.Tensor  # [longest, C]
+    segment: torch.Tensor  # [C]
+    norm_weight: torch.Tensor
+    norm_bias: torch.Tensor
+
+    @classmethod
+    def of(cls, model: BertModel, dtype: torch.dtype) -> EmbeddingWeights:
+        """The weights of a Hugging Face model."""
+        e = model.embeddings
+        tensors = (
+            e.word_embeddings.weight,
+            e.position_embeddings.weight,
+            e.token_type_embeddings.weight[0],
+            e.LayerNorm.weight,
+            e.LayerNorm.bias,
+        )
+        return cls(*(tensor.detach().to(dtype).contiguous() for tensor in tensors))
+
+
+def embed(ids: torch.Tensor, positions: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+    """Embeddings of ``[B, S]`` or ``[T]`` ids; `weights` are the fields of `EmbeddingWeights`."""
+    w = EmbeddingWeights(*weights)
+    x = F.embedding(ids, w.word) + F.embedding(positions, w.position) + w.segment
+    return F.layer_norm(x, w.norm_weight.shape, w.norm_weight, w.norm_bias, peer_models.NORM_EPS)
+
+
 @dataclass
-class HuggingFaceEager:
-    """P1: `BertModel`'s encoder as it is, bf16, SDPA with the batch's backend."""
+class HuggingFaceEager(Peer):
+    """P1: `BertModel`'s embeddings and encoder, bf16, SDPA with the batch's backend.
+
+    The mask is made beforehand, which spares Hugging Face what it does for it at each call.
+    """
 
     model: BertModel
     dtype: torch.dtype
@@ -84,38 +140,43 @@ class HuggingFaceEager:
     captured: bool = False
 
     def prepare(self, subnet: Subnet, batch: Batch) -> Forward:
-        """Extract the subnet and run its encoder."""
-        encoder = peer_models.extract(self.model, subnet).to(self.dtype).encoder
+        """Extract the subnet and run it."""
+        encoder = peer_models.extract(self.model, subnet).encoder.to(self.dtype)
+        embeddings = copy.deepcopy(self.model.embeddings).to(self.dtype)
         mask, backend = batch.mask, batch.backend
 
-        def forward(hidden: torch.Tensor) -> torch.Tensor:
+        def forward(ids: torch.Tensor) -> torch.Tensor:
             with forced(backend):
-                return encoder(hidden, attention_mask=mask).last_hidden_state
+                return encoder(embeddings(ids), attention_mask=mask).last_hidden_state
 
         return forward
 
 
 @dataclass
-class CompiledLayers:
+class CompiledLayers(Peer):
     """P2 and P2b: a plain merged-QKV layer under torch.compile, one compile per width, in a graph.
 
     Attributes:
         layer: `peer_models.dense_layer` compiled in some mode.
+        embed: `embed` compiled likewise.
     """
 
     model: BertModel
     dtype: torch.dtype
     layer: Callable[..., torch.Tensor]
     name: str
-    captured: bool = True
+    embed: Callable[..., torch.Tensor] = embed
 
     def prepare(self, subnet: Subnet, batch: Batch) -> Forward:
         """Merge the subnet's weights; the first call compiles."""
         small = peer_models.extract(self.model, subnet)
         layers = peer_models.encoder_weights(small, self.dtype)
+        embedding = EmbeddingWeights.of(self.model, self.dtype)
+        positions = torch.arange(batch.ids.shape[1], device=batch.ids.device)
         mask, backend, head_dim = batch.mask, batch.backend, subnet.geometry.head_dim
 
-        def forward(hidden: torch.Tensor) -> torch.Tensor:
+        def forward(ids: torch.Tensor) -> torch.Tensor:
+            hidden = self.embed(ids, positions, *embedding)
             with forced(backend):
                 for weights in layers:
                     hidden = self.layer(hidden, mask, head_dim, *weights)
@@ -125,25 +186,29 @@ class CompiledLayers:
 
 
 @dataclass
-class CompiledRagged:
+class CompiledRagged(Peer):
     """P4: real tokens only, `varlen_attn`, the layer compiled once for any number of tokens."""
 
     model: BertModel
     dtype: torch.dtype
     layer: Callable[..., torch.Tensor]
     name: str = "P4 varlen compiled"
-    captured: bool = True
+    embed: Callable[..., torch.Tensor] = embed
+    packed: bool = True
 
     def prepare(self, subnet: Subnet, batch: Batch) -> Forward:
-        """A function on ``[T, C]``."""
+        """A function from ``[T]`` to ``[T, C]``."""
         assert batch.lengths is not None
         small = peer_models.extract(self.model, subnet)
         layers = peer_models.encoder_weights(small, self.dtype)
-        device = batch.hidden.device
+        embedding = EmbeddingWeights.of(self.model, self.dtype)
+        device = batch.ids.device
         offsets = torch.tensor([0, *batch.lengths], device=device).cumsum(0).to(torch.int32)
+        positions = torch.cat([torch.arange(n, device=device) for n in batch.lengths])
         longest, head_dim = max(batch.lengths), subnet.geometry.head_dim
 
-        def forward(hidden: torch.Tensor) -> torch.Tensor:
+        def forward(ids: torch.Tensor) -> torch.Tensor:
+            hidden = self.embed(ids, positions, *embedding)
             torch._dynamo.maybe_mark_dynamic(hidden, 0)
             for weights in layers:
                 hidden = self.layer(hidden, offsets, longest, head_dim, *weights)
@@ -153,8 +218,9 @@ class CompiledRagged:
 
 
 def compiled(function: Callable[..., Any], mode: str | None, device: str) -> Callable[..., Any]:
-    """torch.compile as the peers use it; on a CPU (a test) the plain function."""
-    if device != "cuda":
+    """torch.compile as the peers use it; on a CPU (a test) and in a rehearsal, where it would
+    choose kernels by timing them while others run, the plain function."""
+    if device != "cuda" or is_rehearsal():
         return function
     dynamo = torch._dynamo.config
     # The widths and batch shapes share one code object; at the default limit of 8 Dynamo would

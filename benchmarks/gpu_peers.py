@@ -1,11 +1,12 @@
-"""Section D: end-to-end encoder inference of the peers, each on the extracted dense subnet.
+"""Section D: inference end to end, token ids to last hidden state, ours beside the peers.
 
-A peer (`benchmarks.gpu_encoder_peers`) is compared with the float32 Hugging Face subnet on the same
-input before it is timed; a row whose check failed carries no timing.
+The peers (`benchmarks.gpu_encoder_peers`) run the extracted dense subnet, ours (`gpu_ours`) the
+full model at the subnet. Each is compared with the float32 Hugging Face subnet on the same input
+before it is timed; a row whose check failed carries no timing.
 
 Protocols: batch 128 x 128 (device time per batch, and 100 batches against the wall clock, each
 after copying in a new input); batch 1 x 128 (device time with warm and with emptied L2, and the
-host's latency); short texts (real tokens per second); a batch of mixed widths (four graphs).
+host's latency); short texts (real tokens per second); a batch of mixed widths.
 """
 
 from __future__ import annotations
@@ -30,23 +31,27 @@ from benchmarks.gpu_encoder_peers import (
     HuggingFaceEager,
     Peer,
     compiled,
+    embed,
 )
+from benchmarks.gpu_ours import OursEager, OursGraph, OursGraphPerWidth, our_model
 from benchmarks.gpu_timing import (
     L2Flush,
     Variant,
-    eager,
-    graphed,
     heat_up,
+    is_rehearsal,
     measure,
     measure_host,
     relative_error,
     synchronize,
 )
-from benchmarks.records import Deadline, Recorder, Timing
+from benchmarks.records import Deadline, Recorder
+from dynabert_kernels.timing import Timing
 
 # bf16 through 12 post-norm layers; a wrong head, neuron or layer gives tenths.
 TOLERANCE = 3e-2
 SECTION = "D inference"
+OURS = "ours"
+COMPILED = "P2b compiled graph"
 
 
 @dataclass
@@ -58,7 +63,7 @@ class Prepared:
         subnet: What runs.
         batch: On what, with the SDPA backend that ran.
         variant: One call on the static input.
-        static: That input, ``[B, S, C]`` or ``[T, C]``.
+        static: That input, ``[B, S]`` or ``[T]``.
         error: Relative error against the float32 subnet.
     """
 
@@ -83,10 +88,10 @@ class Bench:
         self.flush = L2Flush(device)
         self.backends: dict[int, str | None] = {}
 
-    def hidden(self, batch_size: int, seq_len: int) -> torch.Tensor:
-        """Random embedded tokens of LayerNorm's scale, ``[B, S, C]``."""
-        shape = (batch_size, seq_len, self.geometry.hidden_size)
-        return torch.randn(shape, device=self.device).to(self.dtype)
+    def ids(self, batch_size: int, seq_len: int) -> torch.Tensor:
+        """Random token ids, ``[B, S]``."""
+        shape = (batch_size, seq_len)
+        return torch.randint(0, self.geometry.vocab_size, shape, device=self.device)
 
     def batch(self, batch_size: int) -> Batch:
         """A full batch with the quickest SDPA backend for its shape at full width."""
@@ -97,8 +102,7 @@ class Bench:
             self.recorder.add(
                 SECTION, "sdpa_choice", shape={"B": batch_size}, peer=str(best), notes=str(times)
             )
-        hidden = self.hidden(batch_size, self.seq_len)
-        return Batch(hidden, None, self.backends[batch_size])
+        return Batch(self.ids(batch_size, self.seq_len), None, self.backends[batch_size])
 
     def subnet(self, width: float, depth: float) -> Subnet:
         """One of the geometry's subnets."""
@@ -106,9 +110,10 @@ class Bench:
 
     def reference(self, subnet: Subnet, batch: Batch, rows: int) -> torch.Tensor:
         """The float32 Hugging Face subnet on the first `rows` sequences, ``[rows, S, C]``."""
-        encoder = peer_models.extract(self.model, subnet).encoder
+        small = peer_models.extract(self.model, subnet)
         mask = None if batch.mask is None else batch.mask[:rows]
-        return encoder(batch.hidden[:rows].float(), attention_mask=mask).last_hidden_state
+        hidden = small.embeddings(batch.ids[:rows])
+        return small.encoder(hidden, attention_mask=mask).last_hidden_state
 
     def fields(self, peer: Peer, subnet: Subnet, batch: Batch) -> dict[str, Any]:
         """The row's fields that say what ran."""
@@ -116,14 +121,15 @@ class Bench:
             "peer": peer.name,
             "subnet": subnet.name,
             "dtype": "bf16",
-            "shape": {"B": batch.hidden.shape[0], "S": batch.hidden.shape[1]},
-            "sdpa": batch.backend or "default",
+            "shape": {"B": batch.ids.shape[0], "S": batch.ids.shape[1]},
+            "sdpa": "own" if peer.name.startswith(OURS) else batch.backend or "default",
         }
 
     def prepare(self, case: str, peer: Peer, subnet: Subnet, batch: Batch) -> Prepared | None:
         """Prepare, check, capture; None after recording why a peer cannot be timed."""
         attempts = [batch]
-        if batch.backend == "cudnn" and batch.lengths is None:
+        is_peer = not peer.name.startswith(OURS)
+        if batch.backend == "cudnn" and batch.lengths is None and is_peer:
             attempts.append(replace(batch, backend="flash"))
         for attempt in attempts:
             with self.recorder.guarded(SECTION, case, **self.fields(peer, subnet, attempt)):
@@ -131,23 +137,18 @@ class Bench:
         return None
 
     def _prepare(self, case: str, peer: Peer, subnet: Subnet, batch: Batch) -> Prepared | None:
-        forward = peer.prepare(subnet, batch)
-        ragged = isinstance(peer, CompiledRagged)
-        static = batch.hidden[batch.real] if ragged else batch.hidden.clone()
-        rows = min(8, batch.hidden.shape[0])
+        static = batch.ids[batch.real] if peer.packed else batch.ids.clone()
+        rows = min(8, batch.ids.shape[0])
         real = batch.real[:rows]
         clock = time.monotonic()
-        forward(static)
+        variant = peer.variant(subnet, batch, static, self.device)
         synchronize(self.device)
-        first_s = time.monotonic() - clock
-        call = partial(forward, static)
-        variant = graphed([call], self.device) if peer.captured else eager([call])
-        variant.notes += f"; first call {first_s:.1f} s"
+        variant.notes += f"; ready after {time.monotonic() - clock:.1f} s"
         if variant.graph is not None:
             variant.output.fill_(float("nan"))  # the replay, not an earlier call, must fill it
             variant.run()
         output = variant.output
-        output = output[: int(real.sum())] if ragged else output[:rows][real]
+        output = output[: int(real.sum())] if peer.packed else output[:rows][real]
         error = relative_error(output, self.reference(subnet, batch, rows)[real])
         if not error < TOLERANCE:
             raise ValueError(f"wrong: relative error {error:.2e}, expected below {TOLERANCE:.0e}")
@@ -156,7 +157,7 @@ class Bench:
     def record(self, case: str, prepared: Prepared, timing: Timing, **more: Any) -> None:
         """Write one timed row with its rates."""
         subnet, batch = prepared.subnet, prepared.batch
-        batch_size, seq_len, _ = batch.hidden.shape
+        batch_size, seq_len = batch.ids.shape
         lengths = list(batch.lengths or [seq_len] * batch_size)
         seconds = timing.median_ms / 1e3
         self.recorder.add(
@@ -174,106 +175,137 @@ class Bench:
             **self.fields(prepared.peer, subnet, batch),
         )
 
+    def prepare_all(
+        self, case: str, peers: list[Peer], subnet: Subnet, batch: Batch
+    ) -> dict[str, Prepared]:
+        """Those of the peers that passed."""
+        ready = {peer.name: self.prepare(case, peer, subnet, batch) for peer in peers}
+        return {name: prepared for name, prepared in ready.items() if prepared is not None}
+
     def compare_large(self, peers: list[Peer], subnet: Subnet, batch_size: int) -> None:
         """Batch x 128 per-batch device times, interleaved, twice; then 100 batches each."""
         case = f"batch{batch_size}"
-        batch = self.batch(batch_size)
-        ready = {peer.name: self.prepare(case, peer, subnet, batch) for peer in peers}
-        good = {name: prepared for name, prepared in ready.items() if prepared is not None}
+        good = self.prepare_all(case, peers, subnet, self.batch(batch_size))
         variants = {name: prepared.variant for name, prepared in good.items()}
         for repeat in (1, 2):
-            timings = measure(variants, self.device, samples=20, max_s=1.5, backlog_ms=5.0)
+            timings = measure(variants, self.device, samples=12, max_s=1.5, backlog_ms=2.0)
             for name, timing in timings.items():
                 self.record(case, good[name], timing, repeat=repeat)
-        if subnet.depth == 1.0:
-            inputs = [self.hidden(batch_size, self.seq_len) for _ in range(4)]
-            for prepared in good.values():
-                mean = hundred_batches(prepared, inputs, self.device, self.smoke)
-                clock = "host, mean of 100 batches"
-                seconds = mean.median_ms / 10
-                self.record(f"{case}_x100", prepared, mean, paper_seconds=seconds, clock=clock)
+        inputs = [self.ids(batch_size, self.seq_len) for _ in range(4)]
+        clock = "host, 100 batches in 5 turns, mean of each turn"
+        for name, timing in hundred_batches(good, inputs, self.device, self.smoke).items():
+            seconds = timing.median_ms / 10
+            self.record(f"{case}_x100", good[name], timing, paper_seconds=seconds, clock=clock)
 
     def compare_single(self, peers: list[Peer], subnet: Subnet) -> None:
         """Batch 1: device time warm (ten runs in a row, and alone) and cold; the host's latency."""
-        batch = self.batch(1)
-        for peer in peers:
-            prepared = self.prepare("batch1", peer, subnet, batch)
-            if prepared is None:
-                continue
-            one = prepared.variant
+        good = self.prepare_all("batch1", peers, subnet, self.batch(1))
+        alone = {name: prepared.variant for name, prepared in good.items()}
 
-            def ten(one: Variant = one) -> None:
-                for _ in range(10):
-                    one.run()
+        def ten(one: Variant) -> None:
+            for _ in range(10):
+                one.run()
 
-            limits = {"samples": 25, "max_s": 1.0, "backlog_ms": 1.0 if one.graph else 5.0}
-            # Ten eager runs would outlast the backlog: the launches would be timed.
-            runs = {"warm": Variant(ten, 10)} if one.graph else {}
-            runs["warm_single"] = one
-            timings = measure(runs, self.device, **limits)
-            timings |= measure({"cold": one}, self.device, before=self.flush, **limits)
-            timings["host"] = measure_host(one.run, self.device, samples=50, max_s=0.6)
-            for state, timing in timings.items():
-                self.record("batch1", prepared, timing, l2=state)
+        # Ten eager runs would outlast the backlog: the launches would be timed.
+        rows = {n: Variant(partial(ten, one), 10) for n, one in alone.items() if one.graph}
+        limits: dict[str, Any] = {"samples": 15, "max_s": 1.0, "backlog_ms": 2.0}
+        states = {
+            "warm": measure(rows, self.device, samples=25, max_s=1.0, backlog_ms=5.0),
+            "warm_single": measure(alone, self.device, **limits),
+            "cold": measure(alone, self.device, before=self.flush, **limits),
+            "host": {
+                name: measure_host(one.run, self.device, samples=30, max_s=0.3)
+                for name, one in alone.items()
+            },
+        }
+        for state, timings in states.items():
+            for name, timing in timings.items():
+                self.record("batch1", good[name], timing, l2=state)
 
-    def compare_ragged(self, dense: list[Peer], ragged: Peer, subnet: Subnet) -> None:
+    def compare_ragged(
+        self, dense: list[Peer], ragged: Peer, ours: list[Peer], subnet: Subnet
+    ) -> None:
         """Short texts: padded to the limit, padded to the longest, and unpadded."""
         lengths = tuple(short_text_lengths(self.big, self.seq_len))
         entries: list[tuple[Peer, Batch]] = []
         for padded in (self.seq_len, -(-max(lengths) // 8) * 8):
-            hidden = self.hidden(self.big, padded)
+            ids = self.ids(self.big, padded)
             for backend in ("efficient", "cudnn") if self.device == "cuda" else (None,):
-                entries += [(peer, Batch(hidden, lengths, backend)) for peer in dense]
-        entries.append((ragged, Batch(self.hidden(self.big, self.seq_len), lengths)))
+                entries += [(peer, Batch(ids, lengths, backend)) for peer in dense]
+        batch = Batch(self.ids(self.big, self.seq_len), lengths)
+        entries += [(peer, batch) for peer in (ragged, *ours)]
         good: dict[str, Prepared] = {}
         for peer, batch in entries:
             prepared = self.prepare("short_texts", peer, subnet, batch)
             if prepared is not None:
-                good[f"{peer.name} S{batch.hidden.shape[1]} {batch.backend}"] = prepared
+                good[f"{peer.name} S{batch.ids.shape[1]} {batch.backend}"] = prepared
         variants = {key: prepared.variant for key, prepared in good.items()}
-        timings = measure(variants, self.device, samples=12, max_s=2.0, backlog_ms=5.0)
+        timings = measure(variants, self.device, samples=12, max_s=2.0, backlog_ms=2.0)
         for key, timing in timings.items():
-            self.record("short_texts", good[key], timing)
-            if good[key].peer is ragged:
-                call = partial(ragged.prepare(subnet, good[key].batch), good[key].static)
-                host = measure_host(call, self.device, max_s=1.0)
+            prepared = good[key]
+            self.record("short_texts", prepared, timing)
+            if prepared.peer is ragged:
+                call = partial(ragged.prepare(subnet, prepared.batch), prepared.static)
                 clock = "host, no graph: a new length needs a new graph"
-                self.record("short_texts", good[key], host, clock=clock)
+            elif prepared.peer in ours:
+                call, clock = prepared.variant.run, f"host, {prepared.variant.notes}"
+            else:
+                continue
+            host = measure_host(call, self.device, max_s=0.5)
+            self.record("short_texts", prepared, host, clock=clock)
 
-    def mixed_widths(self, peer: Peer) -> None:
-        """A quarter of the batch at each width, one static graph after another."""
+    def mixed_widths(self, peer: Peer, ours: OursGraph) -> None:
+        """A quarter of the batch at each width: static graphs in turn, and ours in one call."""
         quarter = max(1, self.big // 4)
+        subnets = [self.subnet(width, 1.0) for width in WIDTHS]
         prepared = []
-        for width in WIDTHS:
-            subnet = self.subnet(width, 1.0)
+        for subnet in subnets:
             ready = self.prepare("mixed_widths", peer, subnet, self.batch(quarter))
             if ready is None:
                 return
-            prepared.append(ready.variant)
+            prepared.append(ready)
 
         def sequence() -> None:
-            for variant in prepared:
-                variant.run()
+            for ready in prepared:
+                ready.variant.run()
 
+        variants = {f"{peer.name}, 4 in turn": Variant(sequence)}
+        name = f"{ours.name}, one call"
+        with self.recorder.guarded(SECTION, "mixed_widths", peer=name):
+            variants[name] = self._mixed(ours, subnets, quarter)
         for repeat in (1, 2):
-            timing = measure({"mixed": Variant(sequence)}, self.device, backlog_ms=2.0)["mixed"]
-            self.recorder.add(
-                SECTION,
-                "mixed_widths",
-                peer=peer.name,
-                dtype="bf16",
-                timing=timing,
-                flops=sum(self.subnet(w, 1.0).flops(quarter, self.seq_len) for w in WIDTHS),
-                ceiling_of="bf16",
-                shape={"B": quarter * len(WIDTHS), "S": self.seq_len},
-                subnet="w1,.75,.5,.25-d1",
-                sequences_per_s=quarter * len(WIDTHS) / timing.median_ms * 1e3,
-                repeat=repeat,
-            )
+            timings = measure(variants, self.device, backlog_ms=5.0)
+            for name, timing in timings.items():
+                self.recorder.add(
+                    SECTION,
+                    "mixed_widths",
+                    peer=name,
+                    dtype="bf16",
+                    timing=timing,
+                    flops=sum(subnet.flops(quarter, self.seq_len) for subnet in subnets),
+                    ceiling_of="bf16",
+                    shape={"B": quarter * len(WIDTHS), "S": self.seq_len},
+                    subnet="w1,.75,.5,.25-d1",
+                    sequences_per_s=quarter * len(WIDTHS) / timing.median_ms * 1e3,
+                    repeat=repeat,
+                )
+
+    def _mixed(self, ours: OursGraph, subnets: list[Subnet], each: int) -> Variant:
+        """One call on `each` sequences of each of `subnets`, checked against all of them."""
+        batch = Batch(self.ids(each * len(subnets), self.seq_len))
+        variant = ours.mixed([s for s in subnets for _ in range(each)], batch, self.device)
+        for number, subnet in enumerate(subnets):
+            rows = slice(number * each, number * each + min(2, each))
+            reference = self.reference(subnet, Batch(batch.ids[rows]), 2)
+            error = relative_error(variant.output[rows], reference)
+            if not error < TOLERANCE:
+                raise ValueError(f"wrong at {subnet.name}: relative error {error:.2e}")
+        return variant
 
     def write_exchange(self, path: Path) -> None:
-        """Weights, an input and references for the JAX peer, which runs in its own process."""
-        hidden = self.hidden(2, self.seq_len)
+        """Weights, an embedded input and references for the JAX peer, a process of its own."""
+        batch = Batch(self.ids(2, self.seq_len))
+        hidden = self.model.embeddings(batch.ids)
         arrays: dict[str, np.ndarray] = {"hidden": hidden.float().cpu().numpy()}
         layers = peer_models.encoder_weights(self.model, torch.float32)
         for name in peer_models.LayerWeights._fields:
@@ -283,29 +315,33 @@ class Bench:
             arrays[name] = bits.cpu().numpy().view(np.uint16)
         for width, depth in ((1.0, 1.0), (0.25, 1.0), (0.5, 0.5)):
             subnet = self.subnet(width, depth)
-            reference = self.reference(subnet, Batch(hidden), 2)
+            reference = self.reference(subnet, batch, 2)
             arrays[f"reference {subnet.name}"] = reference.cpu().numpy()
         np.savez(path, **arrays)
 
 
 def hundred_batches(
-    prepared: Prepared, inputs: list[torch.Tensor], device: str, smoke: bool
-) -> Timing:
-    """Mean time per batch over 100 batches by the wall clock, inputs copied in each time."""
-    count = 4 if smoke else 100
-    synchronize(device)
-    clock = time.perf_counter()
-    for index in range(count):
-        prepared.static.copy_(inputs[index % len(inputs)])
-        prepared.variant.run()
-    synchronize(device)
-    return Timing(((time.perf_counter() - clock) * 1e3 / count,))
+    prepared: dict[str, Prepared], inputs: list[torch.Tensor], device: str, smoke: bool
+) -> dict[str, Timing]:
+    """Mean time per batch by the wall clock, in five turns of each; inputs copied in each time."""
+    turns, count = (1, 2) if smoke or is_rehearsal() else (5, 20)
+    taken: dict[str, list[float]] = {name: [] for name in prepared}
+    for _ in range(turns):
+        for name, one in prepared.items():
+            synchronize(device)
+            clock = time.perf_counter()
+            for index in range(count):
+                one.static.copy_(inputs[index % len(inputs)])
+                one.variant.run()
+            synchronize(device)
+            taken[name].append((time.perf_counter() - clock) * 1e3 / count)
+    return {name: Timing(tuple(values)) for name, values in taken.items()}
 
 
 def run_inference(
     recorder: Recorder, device: str, *, budget_s: float, smoke: bool, exchange: Path | None = None
 ) -> None:
-    """P1, P2b and P4: every protocol, most wanted first."""
+    """P1, P2b, P4 and ours: every protocol, most wanted first."""
     with torch.inference_mode():
         bench = Bench(recorder, device, budget_s=budget_s, smoke=smoke)
         heat_up(device)
@@ -314,43 +350,63 @@ def run_inference(
                 bench.write_exchange(exchange)
         hf = HuggingFaceEager(bench.model, bench.dtype)
         layer = compiled(peer_models.dense_layer, None, device)
-        default = CompiledLayers(bench.model, bench.dtype, layer, "P2b compiled graph")
+        embedding = compiled(embed, None, device)
+        default = CompiledLayers(bench.model, bench.dtype, layer, COMPILED, embedding)
         ragged_layer = compiled(peer_models.ragged_layer, None, device)
-        ragged = CompiledRagged(bench.model, bench.dtype, ragged_layer)
-        steps: list[tuple[str, Callable[[], None]]] = []
+        ragged = CompiledRagged(bench.model, bench.dtype, ragged_layer, embed=embedding)
+        model = our_model(bench.model, bench.geometry, bench.dtype)
+        graph, plain, fixed = OursGraph(model), OursEager(model), OursGraphPerWidth(model)
+
+        def large(subnet: Subnet, *more: Peer) -> None:
+            bench.compare_large([hf, default, graph, plain, *more], subnet, bench.big)
+
+        def single(subnet: Subnet, *more: Peer) -> None:
+            bench.compare_single([hf, default, graph, plain, *more], subnet)
+
+        full, narrow = bench.subnet(1.0, 1.0), bench.subnet(0.25, 1.0)
+        ours: list[Peer] = [graph, plain]
+        short = partial(bench.compare_ragged, ragged=ragged, ours=ours)
+        steps: list[tuple[str, Callable[[], None]]] = [
+            ("large full", partial(large, full, fixed)),
+            ("large narrow", partial(large, narrow, fixed)),
+            ("mixed", partial(bench.mixed_widths, default, graph)),
+            ("short texts full", partial(short, [hf, default], subnet=full)),
+            ("single full", partial(single, full, fixed)),
+            ("single narrow", partial(single, narrow, fixed)),
+        ]
         for width, depth in SUBNETS:
             subnet = bench.subnet(width, depth)
-            large = partial(bench.compare_large, [hf, default], subnet, bench.big)
-            single = partial(bench.compare_single, [hf, default], subnet)
-            steps += [(f"large {subnet.name}", large), (f"single {subnet.name}", single)]
-        full, narrow = bench.subnet(1.0, 1.0), bench.subnet(0.25, 1.0)
-        steps += [
-            ("ragged full", partial(bench.compare_ragged, [hf, default], ragged, full)),
-            ("mixed", partial(bench.mixed_widths, default)),
-            ("ragged narrow", partial(bench.compare_ragged, [default], ragged, narrow)),
-        ]
+            if subnet not in (full, narrow):
+                steps.append((f"large {subnet.name}", partial(large, subnet)))
+                steps.append((f"single {subnet.name}", partial(single, subnet)))
+        steps.append(("short texts narrow", partial(short, [default], subnet=narrow)))
         run_steps(bench, steps)
 
 
 def run_autotuned(recorder: Recorder, device: str, *, budget_s: float, smoke: bool) -> None:
-    """P2 (max-autotune), against P2b again, as far as the compile time allows."""
+    """P2 (max-autotune) against P2b and ours, as far as the compile time allows."""
     with torch.inference_mode():
         bench = Bench(recorder, device, budget_s=budget_s, smoke=smoke)
         heat_up(device)
-        modes = {"P2b compiled graph": None, "P2 max-autotune graph": "max-autotune-no-cudagraphs"}
+        modes = {COMPILED: None, "P2 max-autotune graph": "max-autotune-no-cudagraphs"}
         peers: list[Peer] = [
             CompiledLayers(
-                bench.model, bench.dtype, compiled(peer_models.dense_layer, mode, device), name
+                bench.model,
+                bench.dtype,
+                compiled(peer_models.dense_layer, mode, device),
+                name,
+                compiled(embed, mode, device),
             )
             for name, mode in modes.items()
         ]
+        graph = OursGraph(our_model(bench.model, bench.geometry, bench.dtype))
         steps: list[tuple[str, Callable[[], None]]] = []
         for width, depth in SUBNETS:
             subnet = bench.subnet(width, depth)
-            large = partial(bench.compare_large, peers, subnet, bench.big)
-            single = partial(bench.compare_single, peers[1:], subnet)
+            large = partial(bench.compare_large, [*peers, graph], subnet, bench.big)
+            single = partial(bench.compare_single, [peers[1], graph], subnet)
             steps += [(f"large {subnet.name}", large), (f"single {subnet.name}", single)]
-        steps.append(("mixed", partial(bench.mixed_widths, peers[1])))
+        steps.append(("mixed", partial(bench.mixed_widths, peers[1], graph)))
         # Off by default in Inductor; TMA-fed templates may beat cuBLAS at large token counts.
         layer = compiled(peer_models.dense_layer, "tma", device)
         tma = CompiledLayers(bench.model, bench.dtype, layer, "P2 max-autotune tma graph")

@@ -33,6 +33,11 @@ def _text(row: Row, field: str, scale: float = 1.0, digits: int = 0) -> str:
     return "-" if value is None else f"{value * scale:.{digits}f}"
 
 
+def _short(peer: str) -> str:
+    """ "P1", "P2b", "ours graph"."""
+    return peer if peer.startswith("ours") else peer.split()[0]
+
+
 def _microseconds(row: Row) -> str:
     return _text(row, "median_ms", 1e3, 1)
 
@@ -133,7 +138,7 @@ def summarize(rows: list[Row]) -> str:
         pivot(
             [r for r in where("D", "batch1")],
             lambda row: row["subnet"],
-            lambda row: f"{row['peer'].split()[0]} {row.get('l2')}",
+            lambda row: f"{_short(row['peer'])} {row.get('l2')}",
             _microseconds,
         ),
     )
@@ -167,6 +172,17 @@ def summarize(rows: list[Row]) -> str:
             lambda row: _text(row, "median_ms", 1, 2),
         ),
     )
+    products = where("F")
+    for model in dict.fromkeys(row["model"] for row in products if "model" in row):
+        add(
+            f"Products with their epilogues, {model}, cold L2, us",
+            pivot(
+                [row for row in products if row.get("model") == model],
+                lambda row: f"{row['case']} {row['subnet']}",
+                lambda row: row["peer"],
+                _microseconds,
+            ),
+        )
     failed: dict[str, int] = {}
     for row in rows:
         if "error" in row:

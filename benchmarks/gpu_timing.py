@@ -5,6 +5,7 @@ on rotating buffers: it has no launch gaps, and the rotation keeps the L2 from s
 use would read from memory. Event pairs around a short kernel would time the launch queue, so each
 sample is enqueued behind a sleeping kernel (a backlog) and the host is always ahead.
 On a CPU the same code runs with a host clock; that path exists to test the benchmarks.
+`dynabert_kernels.timing` times single calls and holds the result type of both.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.records import Timing
+from dynabert_kernels.timing import Timing
 
 # `torch.cuda._sleep` counts SM cycles; 1.98 GHz is the H200's highest clock, so a slower clock
 # only makes the backlog longer.
@@ -25,6 +26,18 @@ CYCLES_PER_MS = 1_980_000
 FLUSH_BYTES = 256 * 2**20
 
 _pools: dict[str, Any] = {}
+_is_rehearsal = False
+
+
+def rehearse() -> None:
+    """From now on run each variant once and heat nothing up: only what is compiled counts."""
+    global _is_rehearsal
+    _is_rehearsal = True
+
+
+def is_rehearsal() -> bool:
+    """Whether this process only compiles; its times mean nothing."""
+    return _is_rehearsal
 
 
 @dataclass
@@ -37,6 +50,7 @@ class Variant:
         output: What the last call returned; a graph's static output.
         graph: The captured graph, kept alive with the variant; None when run eagerly.
         notes: "graph", or why it is not one.
+        backlog_ms: Least backlog of a sample: one that launches from the host needs more.
     """
 
     run: Callable[[], Any]
@@ -44,6 +58,7 @@ class Variant:
     output: Any = None
     graph: Any = None
     notes: str = ""
+    backlog_ms: float = 0.0
 
 
 def synchronize(device: str) -> None:
@@ -167,6 +182,8 @@ def measure(
     Returns:
         Device time per call of each variant (host time on a CPU).
     """
+    if _is_rehearsal:
+        samples, warmup = 1, 0
     for variant in variants.values():
         for _ in range(warmup):
             variant.run()
@@ -182,7 +199,8 @@ def measure(
                 if before is not None:
                     before()
                 if backlog_ms:
-                    torch.cuda._sleep(int(backlog_ms * CYCLES_PER_MS))
+                    wait_ms = max(backlog_ms, variant.backlog_ms)
+                    torch.cuda._sleep(int(wait_ms * CYCLES_PER_MS))
                 begin.record()
                 variant.run()
                 end.record()
@@ -205,6 +223,8 @@ def measure_host(
     run: Callable[[], Any], device: str, *, samples: int = 20, max_s: float = 2.0
 ) -> Timing:
     """Host wall time of `run` followed by a synchronization: the latency a caller sees."""
+    if _is_rehearsal:
+        samples = 1
     for _ in range(3):
         run()
     synchronize(device)
@@ -222,7 +242,7 @@ def measure_host(
 
 def heat_up(device: str, seconds: float = 0.5) -> None:
     """Run matrix products until the clocks have left idle."""
-    if device != "cuda":
+    if device != "cuda" or _is_rehearsal:
         return
     a = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)
     until = time.monotonic() + seconds

@@ -1,10 +1,11 @@
-"""Section E: training steps of a DynaBERT written in plain PyTorch, and full fine-tuning for scale.
+"""Section E: training steps of a DynaBERT in plain PyTorch and of ours, and full fine-tuning.
 
 The width stage follows DynaBERT, algorithm 1: one teacher forward without gradient, then forward
 and backward of each width on views of one full model's weights, gradients summed, one clipped
 AdamW step. The depth stage runs 4 teacher widths and 12 subnets. Losses are the soft
 cross-entropy of the logits plus the mean squared differences of the hidden states.
-Weights are float32 under bf16 autocast; dropout is on. Letters: see `benchmarks.geometry`.
+Weights are float32 under bf16 autocast; dropout is on. Ours (`gpu_training_ours`) runs all subnets
+of a step in one ragged pass. Letters: see `benchmarks.geometry`.
 """
 
 from __future__ import annotations
@@ -21,13 +22,12 @@ import torch.nn.functional as F
 from transformers import BertForSequenceClassification
 
 from benchmarks import peer_models
-from benchmarks.geometry import BASE, TINY, WIDTHS, Subnet
+from benchmarks.geometry import BASE, DEPTHS, TINY, WIDTHS, Subnet
 from benchmarks.gpu_encoder_peers import compiled
 from benchmarks.gpu_timing import Variant, graphed, heat_up, measure, relative_error
 from benchmarks.records import Deadline, Recorder
 
 SECTION = "E training"
-DEPTHS = (1.0, 0.75, 0.5)
 Layer = Callable[..., torch.Tensor]
 Mark = Callable[[str], None]
 
@@ -146,6 +146,7 @@ class Trainer:
         peer_models.randomize(self.model)
         self.teacher = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.model.train()
+        self.dropout_p = 0.1
         shape = (self.batch_size, self.seq_len)
         self.ids = torch.randint(0, self.geometry.vocab_size, shape, device=device)
         self.labels = torch.randint(0, 2, shape[:1], device=device)
@@ -178,37 +179,39 @@ class Trainer:
         mark("backward")
         self.update(mark)
 
-    def width_step(self, mark: Mark, layer: Layer = sliced_layer, *, cached: bool = True) -> None:
-        """One step of the width stage."""
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad(), self.autocast(cached=cached):
-            teacher = forward_subnet(self.teacher, self.ids, self.subnet(1.0), layer, 0.0)
-        mark("teacher")
-        for width in WIDTHS:
-            with self.autocast(cached=cached):
-                student = forward_subnet(self.model, self.ids, self.subnet(width), layer, 0.1)
-                loss = distillation_loss(student, teacher)
-            mark(f"w{width:g} forward")
-            loss.backward()
-            mark(f"w{width:g} backward")
-        self.update(mark)
+    def losses(
+        self, stage: str, mark: Mark, layer: Layer = sliced_layer, *, cached: bool = True
+    ) -> torch.Tensor:
+        """Forward and backward of every subnet of a stage; the losses, in order of width, depth.
 
-    def depth_step(self, mark: Mark, layer: Layer = sliced_layer) -> None:
-        """One step of the width-and-depth stage: a teacher per width, 12 subnets."""
+        The width stage has one teacher, at full width; the depth stage one of each width.
+        """
         self.optimizer.zero_grad(set_to_none=True)
+        losses = []
+        teacher = None
         for width in WIDTHS:
-            with torch.no_grad(), self.autocast():
-                teacher = forward_subnet(self.teacher, self.ids, self.subnet(width), layer, 0.0)
-            mark("teacher")
-            for depth in DEPTHS:
-                with self.autocast():
-                    subnet = self.subnet(width, depth)
-                    student = forward_subnet(self.model, self.ids, subnet, layer, 0.1)
-                    loss = distillation_loss(student, teacher)
-                mark("forward")
-                loss.backward()
-                mark("backward")
+            if teacher is None or stage == "depth_stage":
+                subnet = self.subnet(1.0 if stage == "width_stage" else width)
+                with torch.no_grad(), self.autocast(cached=cached):
+                    teacher = forward_subnet(self.teacher, self.ids, subnet, layer, 0.0)
+                mark("teacher")
+            for depth in (1.0,) if stage == "width_stage" else DEPTHS:
+                subnet, dropout_p = self.subnet(width, depth), self.dropout_p
+                with self.autocast(cached=cached):
+                    student = forward_subnet(self.model, self.ids, subnet, layer, dropout_p)
+                    losses.append(distillation_loss(student, teacher))
+                mark(f"w{width:g} forward")
+                losses[-1].backward()
+                mark(f"w{width:g} backward")
+        return torch.stack([loss.detach() for loss in losses])
+
+    def step(
+        self, stage: str, mark: Mark, layer: Layer = sliced_layer, *, cached: bool = True
+    ) -> torch.Tensor:
+        """One optimizer step of a stage; its losses."""
+        losses = self.losses(stage, mark, layer, cached=cached)
         self.update(mark)
+        return losses
 
     def flops(self, stage: str) -> float:
         """Encoder operations of a step; a backward pass counts twice its forward."""
@@ -295,7 +298,7 @@ def time_steps(
     competitors = {name: Variant(partial(step, _ignore)) for name, step in steps.items()}
     competitors |= variants or {}
     for repeat in (1, 2):
-        timings = measure(competitors, device, samples=8, max_s=4, backlog_ms=0)
+        timings = measure(competitors, device, samples=8, max_s=2.5, backlog_ms=0)
         for name, timing in timings.items():
             recorder.add(
                 SECTION,
@@ -313,14 +316,22 @@ def time_steps(
 
 
 def capture_step(
-    recorder: Recorder, trainer: Trainer, name: str, layer: Layer
+    recorder: Recorder, device: str, stage: str, name: str, step: Callable[..., torch.Tensor]
 ) -> dict[str, Variant]:
-    """The width step as one CUDA graph, or nothing after recording why not."""
-    if trainer.device != "cuda":
+    """A step as one CUDA graph, or nothing after recording why not."""
+    if device != "cuda":
         return {}
-    with recorder.guarded(SECTION, "width_stage", peer=name):
-        step = partial(trainer.width_step, _ignore, layer, cached=False)
-        return {name: graphed([step], trainer.device, fall_back=False)}
+    with recorder.guarded(SECTION, stage, peer=name):
+        expected = step(_ignore)
+        variant = graphed([partial(step, _ignore, cached=False)], device, fall_back=False)
+        for _ in range(2):
+            variant.output.fill_(float("nan"))
+            variant.run()
+            wrong = relative_error(variant.output, expected)
+            # Dropout and the steps in between move the losses by hundredths.
+            if not wrong < 0.2:
+                raise ValueError(f"wrong: losses of the graph differ by {wrong:.2e}")
+        return {name: variant}
     return {}
 
 
@@ -336,27 +347,62 @@ def run(recorder: Recorder, device: str, *, budget_s: float, smoke: bool) -> Non
             recorder.add(SECTION, "check", error=message, subnet=f"w{width:g}")
             return
         recorder.add(SECTION, "check", rel_err=wrong, subnet=f"w{width:g}-d0.5")
-    with recorder.guarded(SECTION, "fine_tuning"):
-        time_steps(recorder, trainer, "fine_tuning", {"hf eager": trainer.fine_tuning_step})
-    eager_step = {"sliced eager": trainer.width_step}
-    with recorder.guarded(SECTION, "width_stage"):
-        time_steps(recorder, trainer, "width_stage", eager_step)
-    with recorder.guarded(SECTION, "depth_stage"):
-        time_steps(recorder, trainer, "depth_stage", {"sliced eager": trainer.depth_step})
-    with recorder.guarded(SECTION, "width_stage", peer="sliced compiled"):
-        if deadline.left_s() < 30 and not smoke:
-            recorder.add(SECTION, "width_stage", peer="sliced compiled", error="shed: no time left")
-            return
+    ours = checked_ours(recorder, trainer)
+    stages = ("width_stage", "depth_stage")
+    steps: dict[str, dict[str, Any]] = {
+        stage: {"sliced eager": partial(trainer.step, stage)} for stage in stages
+    }
+    for stage in stages if ours is not None else ():
+        steps[stage]["ours"] = partial(ours.step, stage)
+    layer = None
+    with recorder.guarded(SECTION, "check compiled"):
         layer = compiled(sliced_layer, None, device)
         # One width only: without dropout each width would be compiled once more for its check.
         wrong = trainer.layer_error(layer, 0.5)
         if not wrong < 5e-2:
             raise ValueError(f"compiled layer differs from the eager one by {wrong:.2e}")
         recorder.add(SECTION, "check compiled", rel_err=wrong, subnet="w0.5-d1")
-        steps = eager_step | {"sliced compiled": partial(trainer.width_step, layer=layer)}
-        time_steps(recorder, trainer, "width_stage", steps)
-        # Last: a capture that fails can leave the random generator unusable.
-        graphs = capture_step(recorder, trainer, "sliced compiled graph", layer)
-        graphs |= capture_step(recorder, trainer, "sliced eager graph", sliced_layer)
-        if graphs:
-            time_steps(recorder, trainer, "width_stage", {}, graphs)
+        steps["width_stage"]["sliced compiled"] = partial(trainer.step, "width_stage", layer=layer)
+    with recorder.guarded(SECTION, "width_stage"):
+        time_steps(recorder, trainer, "width_stage", steps["width_stage"])
+    time_graphs(recorder, trainer, "width_stage", steps["width_stage"], deadline)
+    if layer is not None and deadline.left_s() > 15:
+        steps["depth_stage"]["sliced compiled"] = partial(trainer.step, "depth_stage", layer=layer)
+    with recorder.guarded(SECTION, "depth_stage"):
+        time_steps(recorder, trainer, "depth_stage", steps["depth_stage"])
+    time_graphs(recorder, trainer, "depth_stage", steps["depth_stage"], deadline)
+    with recorder.guarded(SECTION, "fine_tuning"):
+        time_steps(recorder, trainer, "fine_tuning", {"hf eager": trainer.fine_tuning_step})
+
+
+def time_graphs(
+    recorder: Recorder,
+    trainer: Trainer,
+    stage: str,
+    steps: dict[str, Callable[..., torch.Tensor]],
+    deadline: Deadline,
+) -> None:
+    """The steps of a stage again, each in a CUDA graph, ours last: a capture that fails can leave
+    the random generator unusable."""
+    graphs: dict[str, Variant] = {}
+    for name in sorted(steps, key=lambda name: name == "ours"):
+        if deadline.left_s() < 5:
+            recorder.add(SECTION, stage, peer=f"{name} graph", error="shed: no time left")
+            continue
+        graphs |= capture_step(recorder, trainer.device, stage, f"{name} graph", steps[name])
+    if graphs:
+        with recorder.guarded(SECTION, stage):
+            time_steps(recorder, trainer, stage, {}, graphs)
+
+
+def checked_ours(recorder: Recorder, trainer: Trainer) -> Any:
+    """Our trainer if its losses and gradients are right; None after recording why not."""
+    from benchmarks.gpu_training_ours import OurTrainer, check
+
+    with recorder.guarded(SECTION, "check ours", peer="ours"):
+        ours = OurTrainer(trainer)
+        for stage in ("width_stage", "depth_stage"):
+            errors = check(trainer, ours, stage)
+            recorder.add(SECTION, "check ours", peer="ours", notes=f"{stage}: {errors}")
+        return ours
+    return None

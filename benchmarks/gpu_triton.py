@@ -4,7 +4,7 @@
 
 Rows go to DIR/gpu_triton.jsonl as they are taken. Nothing is timed that fails the tests' tolerance
 against float64; such a case is a row with its error. `pytest tests/kernels -k triton` on the card
-comes first: it holds the correctness, of which this is only the gate. No run is recorded yet.
+comes first: it holds the correctness, of which this is only the gate.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import astuple
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,36 +32,49 @@ from dynabert_kernels.testing import (
     random_ffn,
     random_hidden,
 )
-from dynabert_kernels.triton import launch
-from dynabert_kernels.triton.configs import SMALL_BATCH, AttentionConfig, Form, LinearConfig
+from dynabert_kernels.triton.configs import SMALL_BATCH, AttentionConfig, LinearConfig
+from dynabert_kernels.triton.launch_attention import attention_core, attention_core_gradient
+from dynabert_kernels.triton.launch_gemm import columns_product, rows_gradient, rows_product
 from dynabert_kernels.varlen import offsets_of
 
-# Beside the table's own choice, which is None. None of these spills registers or exceeds shared
-# memory at BERT-base's sizes; 128 x 256 tiles do, with the erf-GELU epilogue.
+# Beside the table's own choice, which is None. What needs more shared memory than a card has, with
+# a residual say, is a row with that error.
 LARGE: tuple[LinearConfig | None, ...] = (
     None,
-    LinearConfig(64, 128, 64, 4, 4, descriptors=True),
-    LinearConfig(128, 64, 64, 4, 4, descriptors=True),
-    LinearConfig(128, 128, 64, 8, 3),
-    LinearConfig(64, 128, 64, 4, 4),
+    LinearConfig(128, 128, 64, 8, 3, descriptors=True),
+    LinearConfig(128, 128, 64, 8, 3, descriptors=True, subtiles=2, persistent=2),
+    LinearConfig(128, 256, 64, 8, 3, descriptors=True, subtiles=2, persistent=1),
+    LinearConfig(128, 64, 64, 4, 4, descriptors=True, persistent=2),
 )
 SMALL: tuple[LinearConfig | None, ...] = (
     None,
     LinearConfig(64, 32, 128, 4, 4),
     LinearConfig(64, 64, 128, 4, 4),
     LinearConfig(64, 32, 128, 4, 4, descriptors=True),
+    LinearConfig(64, 32, 128, 4, 4, split_k=2),
 )
 CORES: tuple[AttentionConfig | None, ...] = (
     None,
+    AttentionConfig(64, 64, 4, 3),
+    AttentionConfig(64, 128, 4, 1),
+    AttentionConfig(128, 64, 8, 3, max_registers=128),
+    AttentionConfig(128, 128, 8, 2, heads=3, max_registers=128),
+)
+GRADIENTS: tuple[AttentionConfig | None, ...] = (
+    None,
+    AttentionConfig(32, 64, 4, 2),
     AttentionConfig(64, 64, 4, 2),
-    AttentionConfig(64, 128, 4, 2),
-    AttentionConfig(128, 64, 8, 3),
+    AttentionConfig(64, 128, 8, 1),
+    AttentionConfig(32, 128, 8, 1, max_registers=128),
 )
 Layer = tuple[PackedAttention, PackedFFN]
+Draw = Callable[..., Tensor]
 
 
 def _name(config: Any) -> str:
-    return "table" if config is None else "-".join(map(str, astuple(config)))
+    if config is None:
+        return "table"
+    return "-".join(str(value) for value in astuple(config) if value is not None)
 
 
 def _time(
@@ -86,71 +99,103 @@ def _time(
         recorder.add(section, case, timing=timing, flops=flops, ceiling_of="bf16", peer=name)
 
 
-def _plain_product(
-    form: Form, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, activation: str
-) -> Tensor:
-    if form == "columns":
-        assert residual is not None
-        return torch.addmm(bias, x, weight) + residual
-    product = F.linear(x, weight, bias)
-    return F.gelu(product) if activation == "gelu" else product
+class _Product(NamedTuple):
+    """One product of a layer, forward or backward, on random matrices.
+
+    Attributes:
+        ours: The kernel in a configuration; None is the table's own.
+        plain: The same in PyTorch's calls, of what `inputs` holds.
+        inputs: What is drawn, in the order of `plain`.
+        flops: Of the product alone.
+    """
+
+    ours: Callable[[LinearConfig | None], Tensor]
+    plain: Callable[..., Tensor]
+    inputs: tuple[Tensor, ...]
+    flops: float
 
 
-def _our_product(
-    form: Form,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    residual: Tensor | None,
-    activation: str,
-    config: LinearConfig | None,
-) -> Tensor:
-    options: dict[str, Any] = {"activation": activation, "residual": residual, "config": config}
-    out = launch.linear(form, x, weight, bias, **options)
-    if out.dim() == 3:
-        assert residual is not None
+def _rows(draw: Draw, tokens: int, outputs: int, inputs: int, activation: str) -> _Product:
+    x, weight = draw(tokens, inputs), draw(outputs, inputs, seed=1) * inputs**-0.5
+    bias = draw(1, outputs, seed=2)[0]
+
+    def ours(config: LinearConfig | None) -> Tensor:
+        out = rows_product(x, weight, bias, width=outputs, activation=activation, config=config)
+        assert isinstance(out, Tensor)
+        return out
+
+    def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        product = F.linear(x, weight, bias)
+        return F.gelu(product) if activation == "gelu" else product
+
+    return _Product(ours, plain, (x, weight, bias), 2.0 * tokens * outputs * inputs)
+
+
+def _columns(draw: Draw, tokens: int, outputs: int, inputs: int) -> _Product:
+    x, weight = draw(tokens, inputs), draw(inputs, outputs, seed=1) * inputs**-0.5
+    bias, residual = draw(1, outputs, seed=2)[0], draw(tokens, outputs, seed=3)
+
+    def ours(config: LinearConfig | None) -> Tensor:
+        out = columns_product(x, weight, width=inputs, bias=bias, residual=residual, config=config)
         # Partial sums; in the op the row norm adds them.
-        out = (out.sum(0) + bias + residual).to(x.dtype)
-    return out
+        return out if out.dim() == 2 else (out.sum(0) + bias + residual).to(x.dtype)
+
+    def plain(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+        return torch.addmm(bias, x, weight) + residual
+
+    return _Product(ours, plain, (x, weight, bias, residual), 2.0 * tokens * outputs * inputs)
+
+
+def _gradient(draw: Draw, tokens: int, outputs: int, inputs: int) -> _Product:
+    gradient, weight = draw(tokens, inputs), draw(outputs, inputs, seed=1) * inputs**-0.5
+    before = draw(tokens, outputs, seed=2)
+
+    def ours(config: LinearConfig | None) -> Tensor:
+        options: dict[str, Any] = {"width": outputs, "activation": "gelu", "config": config}
+        return rows_gradient(gradient, weight, before, **options)[0]
+
+    def plain(gradient: Tensor, weight: Tensor, before: Tensor) -> Tensor:
+        return torch.ops.aten.gelu_backward(gradient @ weight.T, before)
+
+    return _Product(ours, plain, (gradient, weight, before), 2.0 * tokens * outputs * inputs)
 
 
 def sweep_products(
     recorder: Recorder, device: str, dtype: torch.dtype, subnet: Subnet, tokens: int
 ) -> None:
-    """Every product of a layer with its epilogue but for LayerNorm, beside PyTorch's calls."""
+    """Every product of a layer with its epilogue but for LayerNorm, beside PyTorch's calls.
+
+    With more than a small batch's tokens also the backward ones that have no forward like.
+    """
     g = subnet.geometry
-    inner, neurons = subnet.num_heads * g.head_dim, subnet.intermediate_size
+    hidden, inner, neurons = g.hidden_size, subnet.num_heads * g.head_dim, subnet.intermediate_size
     draw = partial(random_hidden, dtype=dtype, device=device)
-    products: list[tuple[str, Form, int, int, str]] = [
-        ("qkv", "rows", 3 * inner, g.hidden_size, "none"),
-        ("up", "rows", neurons, g.hidden_size, "gelu"),
-        ("out", "columns", g.hidden_size, inner, "none"),
-        ("down", "columns", g.hidden_size, neurons, "none"),
-    ]
-    for kind, form, outputs, inputs, activation in products:
-        x = draw(tokens, inputs)
-        weight = draw(outputs, inputs, seed=1) * inputs**-0.5
-        weight = weight.t().contiguous() if form == "columns" else weight
-        bias = draw(1, outputs, seed=2)[0]
-        residual = draw(tokens, outputs, seed=3) if form == "columns" else None
-        plain = partial(_plain_product, form, x, weight, bias, residual, activation)
-        ours = partial(_our_product, form, x, weight, bias, residual, activation)
+    products: dict[str, Callable[[], _Product]] = {
+        "qkv": partial(_rows, draw, tokens, 3 * inner, hidden, "none"),
+        "up": partial(_rows, draw, tokens, neurons, hidden, "gelu"),
+        "out": partial(_columns, draw, tokens, hidden, inner),
+        "down": partial(_columns, draw, tokens, hidden, neurons),
+    }
+    if tokens > SMALL_BATCH:
+        products["d before"] = partial(_gradient, draw, tokens, neurons, hidden)
+        products["d hidden"] = partial(_columns, draw, tokens, hidden, 3 * inner)
+    for kind, make in products.items():
+        product = make()
+        plain = partial(product.plain, *product.inputs)
         calls: dict[str, Callable[[], Tensor]] = {"pytorch": plain}
         for config in SMALL if tokens <= SMALL_BATCH else LARGE:
-            calls[_name(config)] = partial(ours, config)
-        wide = (x.double(), weight.double(), bias.double())
-        truth = _plain_product(
-            form, *wide, None if residual is None else residual.double(), activation
-        )
+            if config is not None and config.split_k > 1 and kind not in ("out", "down"):
+                continue
+            calls[_name(config)] = partial(product.ours, config)
+        truth = product.plain(*(tensor.double() for tensor in product.inputs))
         case = f"{kind} {g.name} T{tokens} w{subnet.width:g}"
-        flops = 2.0 * tokens * outputs * inputs
-        _time(recorder, device, "gemm", case, calls, plain(), truth, flops)
+        _time(recorder, device, "gemm", case, calls, plain(), truth, product.flops)
 
 
 def sweep_attention(
     recorder: Recorder, device: str, dtype: torch.dtype, subnet: Subnet, lengths: list[int]
 ) -> None:
-    """The attention core alone, beside one SDPA call per distinct batch of equal lengths."""
+    """The attention core, forward beside one SDPA call for equal lengths, and backward."""
     heads, head_dim = subnet.num_heads, subnet.geometry.head_dim
     tokens, longest = sum(lengths), max(lengths)
     qkv = random_hidden(tokens, heads * 3 * head_dim, dtype=dtype, device=device)
@@ -167,15 +212,31 @@ def sweep_attention(
         )
         return torch.cat([context.transpose(1, 2).flatten(0, 1) for context in contexts])
 
+    def plain_gradient(qkv: Tensor, gradient: Tensor) -> Tensor:
+        with torch.enable_grad():
+            qkv = qkv.detach().requires_grad_()
+            return torch.autograd.grad(plain(qkv), qkv, gradient)[0]
+
+    place: dict[str, Any] = {"num_heads": heads}
+    core: Callable[..., Any] = partial(attention_core, qkv, offsets, longest, **place)
     calls: dict[str, Callable[[], Tensor]] = {
-        _name(config): partial(launch.attention_core, qkv, offsets, longest, config=config)
-        for config in CORES
+        _name(config): partial(core, config=config) for config in CORES
     }
     if equal:
         calls["pytorch"] = partial(plain, qkv)
     case = f"B{len(lengths)} S{longest} H{heads} D{head_dim} {'equal' if equal else 'ragged'}"
     flops = float(sum(4 * n * n * heads * head_dim for n in lengths))
     _time(recorder, device, "attention", case, calls, plain(qkv), plain(qkv.double()), flops)
+    context, log_sum = core(keep_log_sum=True)
+    gradient = random_hidden(tokens, heads * head_dim, dtype=dtype, device=device, seed=1)
+    gradient = gradient.view(tokens, heads, head_dim)
+    backward = partial(
+        attention_core_gradient, gradient, qkv, context, log_sum, offsets, longest, **place
+    )
+    calls = {_name(config): partial(backward, config=config) for config in GRADIENTS}
+    truth = plain_gradient(qkv.double(), gradient.double())
+    by_pytorch = plain_gradient(qkv, gradient)
+    _time(recorder, device, "attention gradient", case, calls, by_pytorch, truth, 2.5 * flops)
 
 
 def random_layers(geometry: Geometry, device: str, dtype: torch.dtype) -> list[Layer]:

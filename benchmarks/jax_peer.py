@@ -158,7 +158,9 @@ def main() -> None:
     options = parser.parse_args()
     device = "cpu" if options.smoke else "cuda"
     machine = describe_machine(device, with_libraries=False)
-    recorder = Recorder(options.out, machine, options.commit)
+    recorder = Recorder(
+        options.out.parent, machine, options.commit, name=options.out.name, process="jax"
+    )
     if importlib.util.find_spec("jax") is None:
         recorder.add(SECTION, "jax", peer=PEER, error="skipped: jax is not installed")
         return

@@ -19,36 +19,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-RECORD_NAME = "gpu_baseline.jsonl"
+from dynabert_kernels.timing import Timing
+
+RECORD_NAME = "rows.jsonl"
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Samples of one variant in milliseconds per call; quantiles by linear interpolation."""
-
-    samples_ms: tuple[float, ...]
-
-    def quantile(self, q: float) -> float:
-        """Value below which the fraction `q` of the samples lies."""
-        ordered = sorted(self.samples_ms)
-        position = q * (len(ordered) - 1)
-        low = int(position)
-        high = min(low + 1, len(ordered) - 1)
-        return ordered[low] + (position - low) * (ordered[high] - ordered[low])
-
-    @property
-    def median_ms(self) -> float:
-        """Median time of one call, in milliseconds."""
-        return self.quantile(0.5)
-
-    def as_row(self) -> dict[str, float | int]:
-        """The timing's fields of a row."""
-        return {
-            "median_ms": self.quantile(0.5),
-            "p20_ms": self.quantile(0.2),
-            "p80_ms": self.quantile(0.8),
-            "n": len(self.samples_ms),
-        }
+def timing_row(timing: Timing) -> dict[str, float | int]:
+    """A timing's fields of a row."""
+    return {
+        "median_ms": timing.median_ms,
+        "p20_ms": timing.p20_ms,
+        "p80_ms": timing.p80_ms,
+        "n": timing.num_samples,
+    }
 
 
 @dataclass
@@ -113,11 +96,13 @@ class Recorder:
     """Appends rows to `folder`/`name` and knows the ceilings measured so far.
 
     Args:
-        folder: Where the record lies; made if missing. Rows already there are read for their
-            ceilings, so that processes run one after another share them.
+        folder: Where the record lies; made if missing. Rows already there are read for the
+            ceilings of the same hardware, so that processes run one after another share them.
         machine: `describe_machine`'s answer, repeated in each row.
         commit: Commit of the measured sources.
         name: File of the record.
+        process: Name of the process that measures; rows of one are interleaved, those of two are
+            not. Repeated in each row unless empty.
     """
 
     def __init__(
@@ -126,15 +111,18 @@ class Recorder:
         machine: dict[str, Any],
         commit: str | None = None,
         name: str = RECORD_NAME,
+        process: str = "",
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / name
         self.machine = machine
         self.commit = commit or commit_of_checkout()
+        self.process = process
         self.ceilings: dict[str, float] = {}
         self.rows: list[dict[str, Any]] = []
         for row in read_rows(self.path):
-            if row.get("ceiling"):
+            is_same = row.get("machine", {}).get("hardware") == machine.get("hardware")
+            if row.get("ceiling") and is_same:
                 self.ceilings[row["ceiling"]] = max(
                     row.get("tflops") or row.get("gbps") or 0.0,
                     self.ceilings.get(row["ceiling"], 0.0),
@@ -173,7 +161,7 @@ class Recorder:
         if error is not None:
             row["error"] = error[:600]
         elif timing is not None:
-            row.update(timing.as_row())
+            row.update(timing_row(timing))
             seconds = row["median_ms"] / 1e3
             if flops:
                 row["flops"] = flops
@@ -191,6 +179,8 @@ class Recorder:
             row["ceiling_of"] = ceiling_of
         if "copy" in self.ceilings and "gbps" in row:
             row["share_of_bandwidth"] = row["gbps"] / self.ceilings["copy"]
+        if self.process:
+            row["process"] = self.process
         row["date"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         row["commit"] = self.commit
         row["machine"] = self.machine

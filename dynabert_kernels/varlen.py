@@ -9,12 +9,15 @@ Letters: B batch_size, S seq_len (padded), T total_tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from operator import sub
 
 import torch
 from torch import Tensor
 
 from dynabert_kernels import _extension
+from dynabert_kernels.triton import availability
 
 _LIBRARY = torch.library.Library("dynabert", "FRAGMENT")
 _LIBRARY.define(
@@ -36,7 +39,11 @@ class Packing:
         max_seqlen: Length of the longest sequence, in tokens.
         batch_size: Sequences.
         seq_len: Padded length.
-        total_tokens: Real tokens.
+        total_tokens: Rows of the packed batch: its real tokens, or as many as there may be where
+            only the device knows how many are real (`unpad_on_device`).
+        offsets: `cu_seqlens` on the host, where it is known there.
+        slots: Row of each padded position in the packed batch, negative where it is padding,
+            ``[B * S]``, int64; only where the device alone knows which positions are real.
     """
 
     indices: Tensor | None
@@ -45,6 +52,8 @@ class Packing:
     batch_size: int
     seq_len: int
     total_tokens: int
+    offsets: tuple[int, ...] | None = None
+    slots: Tensor | None = None
 
     @classmethod
     def dense(
@@ -65,6 +74,7 @@ class Packing:
 
     def repeat(self, count: int) -> Packing:
         """The packing of this batch `count` times, one after the other."""
+        assert self.slots is None, "offsets have no gaps, and the copies would"
         if count == 1:
             return self
         times = torch.arange(count, device=self.cu_seqlens.device)[:, None]
@@ -108,7 +118,16 @@ class Packing:
                 f"[{self.total_tokens}, ...]. Pass one row per real token."
             )
         trailing = packed.shape[1:]
-        if self.indices is not None:
+        if self.slots is not None and self.total_tokens > 0:
+            if packed.dim() == 2 and _runs_triton(packed):
+                from dynabert_kernels.triton import padding
+
+                packed = padding.restore(packed.contiguous(), self.slots)
+                return packed.reshape(self.batch_size, self.seq_len, *trailing)
+            # A choice and not a product: rows that no slot names may hold anything.
+            real = (self.slots >= 0).view(-1, *[1] * len(trailing))
+            packed = torch.where(real, packed.index_select(0, self.slots.clamp(min=0)), 0)
+        elif self.indices is not None:
             flat = packed.new_zeros(self.batch_size * self.seq_len, *trailing)
             packed = flat.index_copy(0, self.indices, packed)
         return packed.reshape(self.batch_size, self.seq_len, *trailing)
@@ -139,7 +158,7 @@ class Packing:
                     f"Packing.select: row={row}, expected 0 to {self.batch_size - 1}. "
                     f"The batch holds {self.batch_size} sequences."
                 )
-        offsets = self.cu_seqlens.tolist()
+        offsets = self.host_offsets()
         spans = [(offsets[row], offsets[row + 1]) for row in rows]
         tokens = token_positions(spans, self.cu_seqlens.device)
         lengths = [stop - start for start, stop in spans]
@@ -155,17 +174,60 @@ class Packing:
             len(lengths),
             self.seq_len,
             sum(lengths),
+            tuple(accumulate(lengths, initial=0)),
         )
         return packing, tokens
 
+    def host_offsets(self) -> Sequence[int]:
+        """`cu_seqlens` on the host; waits for the device where it is not known there yet."""
+        if self.offsets is not None:
+            return self.offsets
+        if self.indices is None and self.seq_len > 0:
+            return range(0, self.total_tokens + 1, self.seq_len)
+        return self.cu_seqlens.tolist()
 
-def unpad(attention_mask: Tensor) -> Packing:
+    def without_spare_gradients(self, packed: Tensor) -> Tensor:
+        """`packed`, ``[T, ...]``, through which no gradient of a row past the last token passes."""
+        real = torch.arange(self.total_tokens, device=packed.device) < self.cu_seqlens[-1]
+        return torch.where(real.view(-1, *[1] * (packed.dim() - 1)), packed, 0)
+
+    def without_spare_rows(self) -> Packing:
+        """This packing with as many rows as there are real tokens; waits for the device."""
+        total = int(self.cu_seqlens[-1])
+        indices = None if self.indices is None else self.indices[:total]
+        return replace(self, indices=indices, total_tokens=total)
+
+    def reordered(self, order: Sequence[int]) -> Packing:
+        """The packing of this batch with its sequences in another order among the packed tokens.
+
+        The padded batch stays as it is: `pack` and `restore` lead from and to the same positions.
+
+        Args:
+            order: The number of the sequence at each place, each once.
+        """
+        offsets = self.host_offsets()
+        lengths = [offsets[row + 1] - offsets[row] for row in order]
+        new_offsets = tuple(accumulate(lengths, initial=0))
+        shifts = [offsets[row] - start for row, start in zip(order, new_offsets, strict=False)]
+        device = self.cu_seqlens.device
+        numbers = sent(torch.tensor([*new_offsets, *shifts], dtype=torch.int32), device)
+        cu_seqlens, shift = numbers.split([len(new_offsets), len(shifts)])
+        tokens = torch.arange(self.total_tokens, dtype=torch.int32, device=device)
+        if shifts:
+            tokens = tokens + shift[torch.searchsorted(cu_seqlens[1:], tokens, right=True)]
+        indices = tokens.long() if self.indices is None else self.indices.index_select(0, tokens)
+        return replace(self, indices=indices, cu_seqlens=cu_seqlens, offsets=new_offsets)
+
+
+def unpad(attention_mask: Tensor, device: torch.device | None = None) -> Packing:
     """Find the real tokens of a padded batch; padding may be left, right or in holes.
 
-    Reads two numbers back from the device (total and longest length): once per batch.
+    Reads the offsets back from the device of the mask, which waits for it: once per batch. A mask
+    on the CPU beside tokens on a GPU is what saves this wait: only one copy to `device` is queued.
 
     Args:
         attention_mask: Non-zero where a token is real, ``[B, S]``; bool, integer or float.
+        device: Where the tokens are; None for beside the mask.
 
     Raises:
         TypeError: `attention_mask` is not a tensor.
@@ -186,25 +248,102 @@ def unpad(attention_mask: Tensor) -> Packing:
         # One op for eight: every call of a model on padded sequences asks.
         offsets, places, longest, total = _NATIVE_UNPAD(attention_mask)
         indices = None if total == batch_size * seq_len else places
-        return Packing(indices, offsets, longest, batch_size, seq_len, total)
+        packing = Packing(indices, offsets, longest, batch_size, seq_len, total)
+        return packing if device is None or device.type == "cpu" else _sent_packing(packing, device)
     real = attention_mask != 0
+    offsets = _offsets(real.sum(dim=1, dtype=torch.int32))
+    on_host = tuple(offsets.tolist())
+    total_tokens = on_host[-1]
+    longest = max(map(sub, on_host[1:], on_host), default=0)
+    indices = None
+    if total_tokens < batch_size * seq_len:
+        # With its size known beforehand, the search does not wait for the device.
+        indices = torch.nonzero_static(real.reshape(-1), size=total_tokens).reshape(-1)
+    packing = Packing(indices, offsets, longest, batch_size, seq_len, total_tokens, on_host)
+    if device is None or device == packing.cu_seqlens.device:
+        return packing
+    return _sent_packing(packing, device)
+
+
+def unpad_on_device(attention_mask: Tensor, order: Tensor | None = None) -> Packing:
+    """Find the real tokens of a padded batch with shapes that do not depend on them.
+
+    For CUDA graphs and compiled graphs: nothing is read back. The packed batch has room for every
+    position; real tokens are packed to its front, and end at ``cu_seqlens[-1]``. The rows past it
+    repeat some token, and what an op makes of them is never restored.
+
+    Args:
+        attention_mask: As for `unpad`.
+        order: The number of the sequence at each place among the packed tokens, ``[B]``, int64;
+            None for the order of the batch.
+    """
+    batch_size, seq_len = attention_mask.shape
+    positions = batch_size * seq_len
+    real = attention_mask != 0 if attention_mask.dtype != torch.bool else attention_mask
+    if _runs_triton(real):
+        from dynabert_kernels.triton import padding
+
+        cu_seqlens, indices, slots = padding.unpad(real.contiguous(), order)
+        return Packing(
+            indices, cu_seqlens, seq_len, batch_size, seq_len, positions, offsets=None, slots=slots
+        )
     lengths = real.sum(dim=1, dtype=torch.int32)
-    offsets = torch.zeros(batch_size + 1, dtype=torch.int32, device=real.device)
+    cu_seqlens = _offsets(lengths if order is None else lengths.index_select(0, order))
+    starts = cu_seqlens[:-1]
+    if order is not None:
+        starts = torch.zeros_like(starts).index_copy(0, order, starts)
+    rows = starts[:, None] + real.cumsum(dim=1) - 1
+    slots = torch.where(real, rows, -1).reshape(-1)
+    # All padding writes to one row past the end, which is cut off.
+    targets = torch.where(slots < 0, positions, slots)
+    places = torch.arange(positions, device=real.device)
+    indices = places.new_zeros(positions + 1).scatter(0, targets, places)[:positions]
+    return Packing(
+        indices, cu_seqlens, seq_len, batch_size, seq_len, positions, offsets=None, slots=slots
+    )
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`; from the CPU without waiting for work queued on that device."""
+    return tensor.to(device, non_blocking=tensor.is_cpu)
+
+
+def _runs_triton(tensor: Tensor) -> bool:
+    """Whether a kernel may do what plain PyTorch does to `tensor`: not where that is recorded."""
+    return (
+        tensor.is_cuda
+        and availability.triton_missing() is None
+        and not torch.compiler.is_compiling()
+        and not (tensor.requires_grad and torch.is_grad_enabled())
+    )
+
+
+def _sent_packing(packing: Packing, device: torch.device) -> Packing:
+    """`packing`, found on the CPU, on `device`: in one copy, since each is a launch."""
+    offsets = packing.cu_seqlens
+    parts = [offsets.view(torch.uint8)]
+    if packing.indices is not None:
+        parts.insert(0, packing.indices.view(torch.uint8))
+    together = sent(torch.cat(parts), device)
+    split = len(together) - offsets.nbytes
+    return replace(
+        packing,
+        indices=None if packing.indices is None else together[:split].view(torch.int64),
+        cu_seqlens=together[split:].view(torch.int32),
+        offsets=tuple(offsets.tolist()),
+    )
+
+
+def _offsets(lengths: Tensor) -> Tensor:
+    offsets = lengths.new_zeros(lengths.shape[0] + 1)
     offsets[1:] = lengths.cumsum(0, dtype=torch.int32)
-    longest = lengths.max() if batch_size else offsets[0]
-    total_tokens, max_seqlen = torch.stack((offsets[-1], longest)).tolist()
-    if total_tokens == batch_size * seq_len:
-        return Packing(None, offsets, seq_len, batch_size, seq_len, total_tokens)
-    indices = real.reshape(-1).nonzero().reshape(-1)
-    return Packing(indices, offsets, max_seqlen, batch_size, seq_len, total_tokens)
+    return offsets
 
 
 def offsets_of(lengths: Sequence[int], device: torch.device | str | None = None) -> Tensor:
     """``cu_seqlens`` of sequences with these lengths, ``[len(lengths) + 1]``, int32."""
-    offsets = [0]
-    for length in lengths:
-        offsets.append(offsets[-1] + length)
-    return torch.tensor(offsets, dtype=torch.int32, device=device)
+    offsets = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32)
+    return offsets if device is None else sent(offsets, torch.device(device))
 
 
 def sequence_of_token(cu_seqlens: Tensor, total_tokens: int) -> Tensor:

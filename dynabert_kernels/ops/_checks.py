@@ -117,17 +117,51 @@ def _check_offsets(who: str, offsets: list[int], total_tokens: int, max_seqlen: 
         )
 
 
-def check_width(who: str, name: str, width: int | Tensor, limit: int, what: str) -> None:
-    """Check a width for all sequences; `check_widths` is for one per sequence.
+def resolve_width(
+    who: str,
+    name: str,
+    width: int | Tensor,
+    cu_seqlens: Tensor | None,
+    limit: int,
+    what: str,
+) -> tuple[int, Tensor | None]:
+    """Check the width or widths of a call; values only where they are on the host.
+
+    Args:
+        who: Name of the op, for the message.
+        name: Name of the argument.
+        width: An int, or an int32 tensor with one value for the batch or one per sequence.
+        cu_seqlens: Ragged offsets, needed beside a tensor.
+        limit: What the weights hold.
+        what: Heads or neurons.
+
+    Returns:
+        The widest width, or `limit` where it is not known here, and the tensor; None for the tensor
+        where the first value says all.
 
     Raises:
-        TypeError: It is not an int.
-        ValueError: It is not from 1 to `limit`.
+        TypeError: It is neither an int nor an int32 tensor.
+        ValueError: Shape, device or values do not fit, or `cu_seqlens` is missing.
     """
+    if not isinstance(width, Tensor):
+        _check_width(who, name, width, limit, what)
+        return width, None
+    batch_size = _check_width_tensor(who, name, width, cu_seqlens)
+    if not width.is_cpu:
+        return limit, width
+    if torch.compiler.is_compiling():
+        return limit, width.expand(batch_size).contiguous()
+    values = width.tolist()
+    check_width_values(who, name, values, limit, what)
+    widest = max(values, default=limit)
+    return widest, (None if len(values) == 1 else width)
+
+
+def _check_width(who: str, name: str, width: int, limit: int, what: str) -> None:
     if not is_int(width):
         raise TypeError(
-            f"{who}: {name}={width!r}, expected an int, or an int32 tensor with one value per "
-            f"sequence. Resolve fractions to a whole number of {what} first."
+            f"{who}: {name}={width!r}, expected an int, or an int32 tensor with one value for the "
+            f"batch or one per sequence. Resolve fractions to a whole number of {what} first."
         )
     if width < 1 or width > limit:
         raise ValueError(
@@ -135,41 +169,33 @@ def check_width(who: str, name: str, width: int | Tensor, limit: int, what: str)
         )
 
 
-def check_widths(
-    who: str, name: str, widths: Tensor, cu_seqlens: Tensor | None, limit: int, what: str
-) -> None:
-    """Check one width per sequence; values only where they are on the CPU.
-
-    Raises:
-        TypeError: The dtype is not int32.
-        ValueError: Shape, device or values do not fit, or `cu_seqlens` is missing.
-    """
+def _check_width_tensor(who: str, name: str, widths: Tensor, cu_seqlens: Tensor | None) -> int:
     if widths.dtype != torch.int32:
         raise TypeError(
-            f"{who}: {name}.dtype={widths.dtype}, expected int32. Pass one width per sequence."
+            f"{who}: {name}.dtype={widths.dtype}, expected int32. Pass one width for the batch or "
+            "one per sequence."
         )
     if cu_seqlens is None:
         raise ValueError(
-            f"{who}: cu_seqlens=None, expected offsets beside one {name} per sequence. "
+            f"{who}: cu_seqlens=None, expected offsets beside {name} as a tensor. "
             "Pass the offsets the batch was packed with."
         )
     batch_size = cu_seqlens.shape[0] - 1
-    if tuple(widths.shape) != (batch_size,):
+    if widths.dim() != 1 or widths.shape[0] not in (1, batch_size):
         raise ValueError(
-            f"{who}: {name}.shape={list(widths.shape)}, expected [{batch_size}]. "
-            "Pass one width per sequence."
+            f"{who}: {name}.shape={list(widths.shape)}, expected [{batch_size}] or [1]. "
+            "Pass one width per sequence, or one for the batch."
         )
     if not widths.is_cpu and widths.device != cu_seqlens.device:
         raise ValueError(
             f"{who}: {name}.device={widths.device}, expected cpu or {cu_seqlens.device}. "
             "Move it to the device of the tokens."
         )
-    if widths.is_cpu and not torch.compiler.is_compiling():
-        check_width_values(who, name, widths.tolist(), limit, what)
+    return batch_size
 
 
 def check_not_compiling(who: str, name: str) -> None:
-    """Refuse one width per sequence while tracing: its groups depend on values.
+    """Refuse widths in a tensor while tracing: the reference needs their values.
 
     Without ``fullgraph`` Dynamo answers by running the calling function eagerly.
 
@@ -179,7 +205,7 @@ def check_not_compiling(who: str, name: str) -> None:
     if torch.compiler.is_compiling():
         raise NotImplementedError(
             f"{who}: {name} is a tensor inside torch.compile or torch.export, expected an int. "
-            "The reference groups sequences by width on the host; pass one width, or do not trace."
+            "The reference groups sequences by width on the host; pass an int, or do not trace."
         )
 
 

@@ -55,24 +55,30 @@ CallT = TypeVar("CallT", bound=OpCall)
 
 @dataclass(frozen=True)
 class Training(Generic[CallT]):
-    """How a backend runs a call that needs gradients: two overloads of its own, registered in C++.
+    """How a backend runs a call that needs gradients: two overloads of its own.
 
     ``<backend>_training`` takes the op's arguments and returns the output and what the gradient
     needs besides them; ``<backend>_backward`` takes the gradient of the output, what was kept, and
     the op's arguments, and returns the gradients of the first of these.
 
     Attributes:
-        kept: Names of the tensors kept for the gradient.
+        kept: Names of the tensors kept for the gradient, the same in every backend of an op: torch
+            files overloads by their arguments, and aborts at exit where two backends agree in those
+            of one overload and not in those of the next.
         num_gradients: Arguments that have gradients, from the first on; all are tensors.
         fake: Shape function of the first overload: output and kept tensors.
-        slower: A sentence where the reference is faster. The automatic choice then takes it,
-            without a warning; `use_backend` still forces this backend.
+        slower: A sentence where the reference is faster, else None. The automatic choice then takes
+            it, without a warning; `use_backend` still forces this backend.
+        run: Implementation of the first overload; None where C++ registers it.
+        run_backward: Implementation of the second overload; None where C++ registers it.
     """
 
     kept: tuple[str, ...]
     num_gradients: int
     fake: Callable[..., tuple[Tensor, ...]]
-    slower: Callable[[CallT], str | None]
+    slower: Callable[[CallT], str | None] | None = None
+    run: Callable[..., tuple[Tensor, ...]] | None = None
+    run_backward: Callable[..., tuple[Tensor, ...]] | None = None
 
 
 @dataclass(frozen=True)
@@ -165,13 +171,15 @@ class Op(Generic[CallT]):
             _LIBRARY.impl(overload, backend.run, backend.device.upper())
         self._overloads[backend.name] = self._overload(backend.name)
         if backend.training is not None:
-            self._register_training(backend.name, backend.training)
+            self._register_training(backend.name, backend.device, backend.training)
         self.backends = (*self.backends, backend)
 
     def _overload(self, name: str) -> Any:
         return getattr(getattr(torch.ops.dynabert, self.name), name)
 
-    def _register_training(self, name: str, training: Training[CallT]) -> None:
+    def _register_training(self, name: str, device: str, training: Training[CallT]) -> None:
+        trained = [other.training for other in self.backends if other.training is not None]
+        assert all(other.kept == training.kept for other in trained), (self.name, name)
         forward, backward = f"{self.name}.{name}_training", f"{self.name}.{name}_backward"
         arguments = self.schema[1 : self.schema.rindex(") -> ")]
         kept = ", ".join(f"Tensor {tensor}" for tensor in training.kept)
@@ -186,6 +194,9 @@ class Op(Generic[CallT]):
             f"{backward}(Tensor gradient, {kept}, {arguments}) -> ({gradients})",
             tags=(torch.Tag.pt2_compliant_tag,),
         )
+        for overload, run in ((forward, training.run), (backward, training.run_backward)):
+            if run is not None:
+                _LIBRARY.impl(overload, run, device.upper())
         self._overloads[f"{name}_training"] = self._overload(f"{name}_training")
         formula = _GradientFormula(self, name, training, self._overload(f"{name}_backward"))
         torch.library.register_fake(f"dynabert::{forward}", training.fake, lib=_LIBRARY)
@@ -364,9 +375,10 @@ class _GradientFormula:
 
 def _slower(backend: Backend[CallT], call: CallT) -> str | None:
     """Why the reference is the faster way to the gradients that a call needs, or None."""
-    if backend.training is None or not needs_gradients(call):
+    training = backend.training
+    if training is None or training.slower is None or not needs_gradients(call):
         return None
-    return backend.training.slower(call)
+    return training.slower(call)
 
 
 def _unavailable(backend: Backend[Any], device_type: str) -> str | None:
@@ -378,7 +390,8 @@ def _unavailable(backend: Backend[Any], device_type: str) -> str | None:
 def _is_exporting() -> bool:
     """Whether a tool records the call to run it elsewhere, where native operators do not exist."""
     if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
+        # Up to torch 2.11 Dynamo takes `torch.compiler.is_exporting()` for true wherever it traces.
+        return bool(torch.compiler._is_exporting_flag)
     return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dynabert_kernels import dropout
+from dynabert_kernels.ops._checks import check_not_compiling, check_width_values
 from dynabert_kernels.varlen import token_positions
 
 
@@ -123,6 +124,29 @@ def nested_prefixes(
         width: weights.with_elastic(tensors)
         for width, tensors in zip(order, zip(*by_tensor, strict=True), strict=True)
     }
+
+
+def read_widths(
+    who: str, name: str, widths: Tensor, cu_seqlens: Tensor, limit: int, what: str
+) -> tuple[list[int], list[int]]:
+    """The width of each sequence and the ragged offsets, read back from their device.
+
+    Args:
+        who: Name of the op, for a message.
+        name: Name of the argument.
+        widths: ``[batch_size]`` or ``[1]``.
+        cu_seqlens: ``[batch_size + 1]``.
+        limit: What the weights hold.
+        what: Heads or neurons.
+
+    Raises:
+        NotImplementedError: A tracer is running.
+        ValueError: A width is not from 1 to `limit`.
+    """
+    check_not_compiling(who, name)
+    offsets, values = cu_seqlens.tolist(), widths.tolist()
+    check_width_values(who, name, values, limit, what)
+    return (values * (len(offsets) - 1) if len(values) == 1 else values), offsets
 
 
 class WidthGroup(NamedTuple):

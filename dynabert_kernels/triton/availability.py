@@ -31,8 +31,7 @@ def why_not(
     hidden: Tensor,
     matrices: tuple[Tensor, ...],
     *,
-    widths: Tensor | None,
-    dropout: bool,
+    compute: torch.dtype,
     quantization: str | None,
 ) -> str | None:
     """The reasons both ops share why the kernels cannot run a call, or None.
@@ -40,8 +39,7 @@ def why_not(
     Args:
         hidden: Tokens, ``[total_tokens, hidden_size]``.
         matrices: The weight matrices.
-        widths: One width per sequence, if the call gives them.
-        dropout: Whether the call asks for any dropout.
+        compute: Dtype of the matrix products.
         quantization: The weights' own.
     """
     if quantization is not None:
@@ -50,21 +48,12 @@ def why_not(
         major, minor = torch.cuda.get_device_capability(hidden.device)
         if major < 8:
             return f"the card is sm_{major}{minor}, expected sm_80 or newer"
-    if hidden.dtype not in DTYPES:
-        return f"hidden is {hidden.dtype}, expected float16, bfloat16 or float32"
-    if INTERPRETED and hidden.dtype == torch.bfloat16:
+    dtypes = (("hidden is", hidden.dtype), ("it would compute in", compute))
+    for what, dtype in (*dtypes, *(("the weights are", matrix.dtype) for matrix in matrices)):
+        if dtype not in DTYPES:
+            return f"{what} {dtype}, expected float16, bfloat16 or float32"
+    if INTERPRETED and torch.bfloat16 in (hidden.dtype, compute):
         return "Triton's interpreter multiplies bfloat16 wrongly, expected float16 or float32"
-    for matrix in matrices:
-        if matrix.dtype != hidden.dtype:
-            return f"the weights are {matrix.dtype} and hidden {hidden.dtype}, expected one dtype"
-        if not matrix.is_contiguous():
-            return "a weight matrix is not contiguous"
-    if torch.is_autocast_enabled(hidden.device.type):
-        autocast = torch.get_autocast_dtype(hidden.device.type)
-        if autocast != hidden.dtype:
-            return f"autocast asks for {autocast} and hidden is {hidden.dtype}, expected one dtype"
-    if widths is not None:
-        return "one width per sequence is given, expected one int for all"
-    if dropout:
-        return "dropout is not implemented"
+    if not all(matrix.is_contiguous() for matrix in matrices):
+        return "a weight matrix is not contiguous"
     return None

@@ -1,8 +1,7 @@
 """The DynaBERT encoder: BERT or RoBERTa, its width and depth chosen per call (DynaBERT, section 3).
 
-Reads top to bottom like the figure of the paper: embeddings, a layer of two elastic sublayers, the
-stack that skips layers, the model. The two sublayers themselves are `dynabert_kernels.attention`
-and `dynabert_kernels.ffn`.
+Reads top to bottom like the figure of the paper: embeddings, a layer of two elastic sublayers
+(`dynabert.modeling_sublayers`), the stack that skips layers, the model.
 
 Letters: B sequences, S padded length, T real tokens of the batch, C hidden_size, H heads, D
 head_dim, I FFN neurons.
@@ -11,8 +10,9 @@ head_dim, I FFN neurons.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import attrgetter, is_, itemgetter
-from typing import Any, Generic, Literal, NamedTuple, TypeVar, cast
+from contextlib import AbstractContextManager, nullcontext
+from operator import attrgetter, itemgetter
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,21 +27,31 @@ from dynabert.modeling_inputs import (
     check_kwargs,
     checked_tokens,
     first_token,
+    is_exporting,
     repeated_rows,
 )
 from dynabert.modeling_pretrained import DynaBertPreTrainedModel
-from dynabert.modeling_steps import LayerStep, layer_steps, own_states, width_of
+from dynabert.modeling_steps import (
+    DeviceSubnet,
+    LayerStep,
+    device_steps,
+    distinct_shapes,
+    layer_steps,
+    own_states,
+    sent_steps,
+    widest_first,
+    width_of,
+)
+from dynabert.modeling_sublayers import DynaBertAttention, DynaBertFFN, takes_spare_rows
 from dynabert.modeling_watch import ModuleWatch
 from dynabert.subnet import ForEach, SubnetConfig, SubnetShape
-from dynabert_kernels import PackedAttention, PackedFFN, attention, ffn
 from dynabert_kernels.ops.encoder import EncoderLayer, EncoderLayers, encoder
+from dynabert_kernels.triton.shared_tiles import shared_tiles
 from dynabert_kernels.varlen import Packing
 
 Subnet = SubnetConfig | SubnetShape | None
-Subnets = Subnet | Sequence[Subnet] | ForEach
+Subnets = Subnet | Sequence[Subnet] | ForEach | DeviceSubnet
 States = bool | Literal["packed"] | None
-PackedT = TypeVar("PackedT", PackedAttention, PackedFFN)
-_TENSORS_PER_SUBLAYER = 6
 _SUBLAYERS = ("attention", "ffn")
 # Subnets of which a model keeps what they mean; a call with another one resolves it again.
 _MOST_KEPT = 64
@@ -53,123 +63,6 @@ _network_size = itemgetter(
 # `DynaBertSublayer._settings`, without a line of Python for each sublayer.
 _settings_of = attrgetter("norm_eps", "quantization")
 _ffn_settings_of = attrgetter("norm_eps", "activation", "quantization")
-
-
-class DynaBertSublayer(nn.Module, Generic[PackedT]):
-    """An elastic sublayer, which owns its packed parameters and nothing else.
-
-    Attributes:
-        norm_eps: LayerNorm epsilon.
-        quantization: See `DynaBertPreTrainedModel.quantize`.
-    """
-
-    norm_eps: float
-    quantization: str | None = None
-    _kept: tuple[tuple[Any, ...], PackedT] | None = None
-
-    def packed(self) -> PackedT:
-        """The parameters as the kernels take them; references, no copy."""
-        own: dict[str, Any] = self._parameters
-        # A parametrised tensor is computed at each access, and is no parameter of the module.
-        is_plain = len(own) == _TENSORS_PER_SUBLAYER
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not is_plain:
-            return self._bundle()
-        # Inference asks once per layer and call, and making a bundle takes longer than comparing.
-        parts, kept = (*own.values(), *self._settings()), self._kept
-        if kept is None or not all(map(is_, parts, kept[0])):
-            kept = self._kept = parts, self._bundle()
-        return kept[1]
-
-    def _settings(self) -> tuple[Any, ...]:
-        """What a bundle holds beside the parameters."""
-        return self.norm_eps, self.quantization
-
-    def _bundle(self) -> PackedT:
-        raise NotImplementedError
-
-
-class DynaBertAttention(DynaBertSublayer[PackedAttention]):
-    """Attention sublayer; its parameters are packed heads first, so a width is a prefix."""
-
-    def __init__(self, config: DynaBertConfig) -> None:
-        super().__init__()
-        heads, head_dim, hidden = config.num_attention_heads, config.head_dim, config.hidden_size
-        self.qkv_weight = nn.Parameter(torch.empty(heads, 3, head_dim, hidden))
-        self.qkv_bias = nn.Parameter(torch.empty(heads, 3, head_dim))
-        self.out_weight = nn.Parameter(torch.empty(heads, head_dim, hidden))
-        self.out_bias = nn.Parameter(torch.empty(hidden))
-        self.norm_weight = nn.Parameter(torch.empty(hidden))
-        self.norm_bias = nn.Parameter(torch.empty(hidden))
-        self.norm_eps = config.layer_norm_eps
-        self.dropout_p = config.hidden_dropout_prob
-        self.attention_dropout_p = config.attention_probs_dropout_prob
-
-    def _bundle(self) -> PackedAttention:
-        return PackedAttention(
-            self.qkv_weight,
-            self.qkv_bias,
-            self.out_weight,
-            self.out_bias,
-            self.norm_weight,
-            self.norm_bias,
-            *self._settings(),
-        )
-
-    def forward(
-        self, hidden: Tensor, num_heads: int | Tensor, packing: Packing, attn_mask: Tensor | None
-    ) -> Tensor:
-        """Run the first `num_heads` heads, ``[T, C]`` to ``[T, C]``."""
-        return attention(
-            hidden,
-            self.packed(),
-            num_heads=num_heads,
-            cu_seqlens=packing.cu_seqlens,
-            max_seqlen=packing.max_seqlen,
-            dropout_p=self.dropout_p if self.training else 0.0,
-            attention_dropout_p=self.attention_dropout_p if self.training else 0.0,
-            attn_mask=attn_mask,
-        )
-
-
-class DynaBertFFN(DynaBertSublayer[PackedFFN]):
-    """Feed-forward sublayer; its parameters are packed neurons first, so a width is a prefix."""
-
-    def __init__(self, config: DynaBertConfig) -> None:
-        super().__init__()
-        neurons, hidden = config.intermediate_size, config.hidden_size
-        self.up_weight = nn.Parameter(torch.empty(neurons, hidden))
-        self.up_bias = nn.Parameter(torch.empty(neurons))
-        self.down_weight = nn.Parameter(torch.empty(neurons, hidden))
-        self.down_bias = nn.Parameter(torch.empty(hidden))
-        self.norm_weight = nn.Parameter(torch.empty(hidden))
-        self.norm_bias = nn.Parameter(torch.empty(hidden))
-        self.norm_eps = config.layer_norm_eps
-        self.activation = config.activation
-        self.dropout_p = config.hidden_dropout_prob
-
-    def _settings(self) -> tuple[Any, ...]:
-        return self.norm_eps, self.activation, self.quantization
-
-    def _bundle(self) -> PackedFFN:
-        return PackedFFN(
-            self.up_weight,
-            self.up_bias,
-            self.down_weight,
-            self.down_bias,
-            self.norm_weight,
-            self.norm_bias,
-            *self._settings(),
-        )
-
-    def forward(self, hidden: Tensor, intermediate_size: int | Tensor, packing: Packing) -> Tensor:
-        """Run the first `intermediate_size` neurons, ``[T, C]`` to ``[T, C]``."""
-        return ffn(
-            hidden,
-            self.packed(),
-            intermediate_size=intermediate_size,
-            cu_seqlens=packing.cu_seqlens,
-            dropout_p=self.dropout_p if self.training else 0.0,
-        )
 
 
 class DynaBertLayer(GradientCheckpointingLayer):
@@ -231,24 +124,25 @@ class DynaBertEncoder(nn.Module):
                 return [hidden, whole]
         states = [hidden]
         parts: dict[tuple[int, ...], tuple[Packing, Tensor | slice]] = {}
-        for step in steps:
-            layer = self.layer[step.layer]
-            if step.rows is None:
-                hidden = layer(hidden, step, packing, attn_mask)
-            else:
-                if step.rows not in parts:
-                    parts[step.rows] = packing.select(step.rows)
-                part, tokens = parts[step.rows]
-                part_mask = attn_mask[list(step.rows)] if attn_mask is not None else None
-                hidden = _replaced(hidden, tokens, layer(hidden[tokens], step, part, part_mask))
-            states.append(hidden)
+        with _one_call():
+            for step in steps:
+                layer = self.layer[step.layer]
+                if step.rows is None:
+                    hidden = layer(hidden, step, packing, attn_mask)
+                else:
+                    if step.rows not in parts:
+                        parts[step.rows] = packing.select(step.rows)
+                    part, tokens = parts[step.rows]
+                    part_mask = attn_mask[list(step.rows)] if attn_mask is not None else None
+                    hidden = _replaced(hidden, tokens, layer(hidden[tokens], step, part, part_mask))
+                states.append(hidden)
         return states
 
     def _run_at_once(
         self, hidden: Tensor, steps: tuple[LayerStep, ...], packing: Packing
     ) -> Tensor | None:
         """The state after the last of `steps` from one call for all, or None where none can."""
-        if self.training or torch.compiler.is_compiling():
+        if self.training or torch.compiler.is_compiling() or not hidden.is_cpu:
             return None
         if self._watches is None or len(self._watches) > _MOST_KEPT:
             self._watches = {}
@@ -315,21 +209,27 @@ class DynaBertEncoder(nn.Module):
                 run = (layer.num_heads, layer.intermediate_size, number)
                 runs.setdefault(layer.index, []).append(run)
         repeated = {count: packing.repeat(count) for count in {len(run) for run in runs.values()}}
+        steps, numbers_of = [], []
         for index in sorted(runs):
             heads, neurons, numbers = zip(*sorted(runs[index], reverse=True), strict=True)
-            step = LayerStep(
-                index,
-                width_of(heads, packing.batch_size),
-                width_of(neurons, packing.batch_size),
-                None,
-            )
-            mask = attn_mask.repeat(len(numbers), 1, 1, 1) if attn_mask is not None else None
-            inputs = torch.cat([states[number][-1] for number in numbers])
-            outputs = self.layer[index](inputs, step, repeated[len(numbers)], mask)
-            by_subnet = outputs.unflatten(0, (len(numbers), packing.total_tokens))
-            for number, output in zip(numbers, by_subnet.unbind(), strict=True):
-                states[number].append(output)
+            batch_size = packing.batch_size
+            widths = width_of(heads, batch_size), width_of(neurons, batch_size)
+            steps.append(LayerStep(index, *widths, None))
+            numbers_of.append(numbers)
+        with _one_call():
+            for step, numbers in zip(sent_steps(steps, hidden.device), numbers_of, strict=True):
+                mask = attn_mask.repeat(len(numbers), 1, 1, 1) if attn_mask is not None else None
+                inputs = torch.cat([states[number][-1] for number in numbers])
+                outputs = self.layer[step.layer](inputs, step, repeated[len(numbers)], mask)
+                by_subnet = outputs.unflatten(0, (len(numbers), packing.total_tokens))
+                for number, output in zip(numbers, by_subnet.unbind(), strict=True):
+                    states[number].append(output)
         return states
+
+
+def _one_call() -> AbstractContextManager[None]:
+    """Where the layers of one call run, which share what is made from its widths."""
+    return nullcontext() if torch.compiler.is_compiling() else shared_tiles()
 
 
 class DynaBertPooler(nn.Module):
@@ -414,11 +314,36 @@ class DynaBertModel(DynaBertPreTrainedModel):
         check_ids("token_type_ids", token_type_ids, batch_size, seq_len)
         check_ids("position_ids", position_ids, batch_size, seq_len)
         steps = self._steps(subnet, batch_size)
-        layout = BatchLayout.of(attention_mask, batch_size, seq_len, tokens.device)
-
-        hidden = self.embeddings(tokens, position_ids, token_type_ids, layout.packing)
+        has_spare_rows = isinstance(subnet, DeviceSubnet)
+        if attention_mask is not None and self._compiles_ragged(attention_mask, steps):
+            has_spare_rows, steps = True, device_steps(steps, tokens.device)
+        layout = BatchLayout.of(
+            attention_mask,
+            batch_size,
+            seq_len,
+            tokens.device,
+            has_spare_rows=has_spare_rows,
+            order=subnet.order if isinstance(subnet, DeviceSubnet) else None,
+        )
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        to_run = steps
+        if isinstance(subnet, Sequence) and not tokens.is_cpu and not torch.compiler.is_compiling():
+            # Short sequences of one width share the tiles of a kernel if they are neighbours. Where
+            # the tokens lie is what decides the order, so it costs no copy of the batch.
+            order = None
+            if output_hidden_states != "packed" and layout.pair_mask is None:
+                shapes, of_row = distinct_shapes(subnet, self.subnet_shape)
+                order = widest_first(shapes, of_row)
+            if order is not None:
+                to_run = layer_steps([shapes[of_row[row]] for row in order])
+                layout = layout._replace(packing=layout.packing.reordered(order))
+            to_run = sent_steps(to_run, tokens.device)
+
+        hidden = self.embeddings(tokens, position_ids, token_type_ids, layout.packing)
+        if has_spare_rows and torch.is_grad_enabled():
+            # Gradients of spare rows are undefined, and must not reach the embeddings.
+            hidden = layout.packing.without_spare_gradients(hidden)
         hidden_states: Any = None
         if isinstance(subnet, ForEach):
             shapes = [self.subnet_shape(entry) for entry in subnet.subnets]
@@ -430,7 +355,7 @@ class DynaBertModel(DynaBertPreTrainedModel):
                 hidden_states = tuple(tuple(map(layout.restore, states)) for states in each)
         else:
             states = self.encoder(
-                hidden, steps, layout.packing, layout.pair_mask, not output_hidden_states
+                hidden, to_run, layout.packing, layout.pair_mask, not output_hidden_states
             )
             last = layout.restore(states[-1])
             if output_hidden_states == "packed":
@@ -446,12 +371,23 @@ class DynaBertModel(DynaBertPreTrainedModel):
             last_hidden_state=last, pooler_output=pooled, hidden_states=hidden_states
         )
 
+    def _compiles_ragged(self, mask: Tensor, steps: tuple[LayerStep, ...]) -> bool:
+        """Whether the call is being compiled for kernels that never meet its padding."""
+        if not torch.compiler.is_compiling() or is_exporting():
+            return False
+        if mask.dim() != 2 or not steps or any(step.rows is not None for step in steps):
+            return False
+        layer = cast(DynaBertLayer, self.encoder.layer[steps[0].layer])
+        return takes_spare_rows(layer.attention, layer.ffn, self.embeddings.norm.weight)
+
     def _steps(self, subnet: Subnets, batch_size: int) -> tuple[LayerStep, ...]:
         """What to run with one subnet for the whole batch or one per sequence."""
         if subnet is None:
             subnet = self.default_subnet
         if isinstance(subnet, ForEach):
             return ()
+        if isinstance(subnet, DeviceSubnet):
+            return subnet.steps
         if isinstance(subnet, Sequence) and not isinstance(subnet, str):
             if len(subnet) != batch_size:
                 raise ValueError(

@@ -14,6 +14,7 @@ from dynabert.configuration_dynabert import DynaBertConfig
 from dynabert.modeling_inputs import check_range
 from dynabert.modeling_watch import ModuleWatch
 from dynabert_kernels.ops.embeddings import EmbeddingTables, embeddings
+from dynabert_kernels.ops.gpu_embeddings import gpu_embeddings
 from dynabert_kernels.varlen import Packing
 
 _PARTS = {
@@ -110,7 +111,8 @@ class DynaBertEmbeddings(nn.Module):
             kept = self._watch = self._watched()
             if kept is None:
                 return None
-        return embeddings(
+        run = gpu_embeddings if input_ids.is_cuda else embeddings
+        return run(
             input_ids,
             position_ids,
             token_type_ids,

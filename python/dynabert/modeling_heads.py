@@ -26,6 +26,7 @@ from dynabert.modeling_dynabert import DynaBertModel, States, Subnets
 from dynabert.modeling_inputs import first_token, repeated_rows
 from dynabert.modeling_pretrained import DynaBertPreTrainedModel
 from dynabert.subnet import ForEach
+from dynabert_kernels.varlen import sent
 
 
 class DynaBertForSequenceClassification(DynaBertPreTrainedModel):
@@ -198,7 +199,7 @@ class DynaBertForQuestionAnswering(DynaBertPreTrainedModel):
         logits = self.qa_outputs(encoded.last_hidden_state)
         mask = repeated_rows(attention_mask, subnet)
         if mask is not None and mask.dim() == 2:
-            padding = (mask == 0).unsqueeze(-1)
+            padding = sent(mask == 0, logits.device).unsqueeze(-1)
             logits = logits.masked_fill(padding, torch.finfo(logits.dtype).min)
         start_logits, end_logits = logits.unbind(dim=-1)
         loss = None

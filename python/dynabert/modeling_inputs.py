@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dynabert.configuration_dynabert import DynaBertConfig
 from dynabert.subnet import ForEach
-from dynabert_kernels.varlen import Packing, unpad
+from dynabert_kernels.varlen import Packing, sent, unpad, unpad_on_device
 
 _WHO = "DynaBertModel"
 
@@ -37,9 +37,19 @@ class BatchLayout(NamedTuple):
 
     @classmethod
     def of(
-        cls, mask: Tensor | None, batch_size: int, seq_len: int, device: torch.device
+        cls,
+        mask: Tensor | None,
+        batch_size: int,
+        seq_len: int,
+        device: torch.device,
+        *,
+        has_spare_rows: bool = False,
+        order: Tensor | None = None,
     ) -> BatchLayout:
-        """The layout that an ``attention_mask`` asks for.
+        """The layout that an ``attention_mask`` asks for, on the `device` of the tokens.
+
+        `has_spare_rows` asks for one whose shapes no number read back from the device decides, with
+        the sequences in `order`.
 
         Raises:
             TypeError: The mask is not a tensor.
@@ -53,19 +63,24 @@ class BatchLayout(NamedTuple):
                 "the tokenizer made."
             )
         if mask.dim() in (3, 4):
-            pair_mask = _checked_pair_mask(mask, batch_size, seq_len)
+            pair_mask = sent(_checked_pair_mask(mask, batch_size, seq_len), device)
             return cls(Packing.dense(batch_size, seq_len, device), pair_mask)
         if tuple(mask.shape) != (batch_size, seq_len):
             raise ValueError(
                 f"{_WHO}: attention_mask.shape={list(mask.shape)}, expected "
                 f"[{batch_size}, {seq_len}], one value per token, or a mask over pairs of tokens."
             )
-        if _is_graph():
+        if has_spare_rows:
+            packing = unpad_on_device(sent(mask, device), order)
+            # Ops called on the CPU take none, and reading the number of tokens costs no wait there.
+            trims = device.type == "cpu" and not is_graph()
+            return cls(packing.without_spare_rows() if trims else packing)
+        if is_graph():
             # The number of real tokens is data, on which a graph made once cannot depend.
-            real = mask != 0
+            real = sent(mask, device) != 0
             packing = Packing.dense(batch_size, seq_len, device)
             return cls(packing, real[:, None, None, :], real)
-        return cls(unpad(mask))
+        return cls(unpad(mask, device))
 
     def repeat(self, count: int) -> BatchLayout:
         """The layout of this batch `count` times, for `restore`."""
@@ -90,7 +105,7 @@ def first_token(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
     """
     if attention_mask is None or attention_mask.dim() != 2:
         return hidden[:, 0]
-    first = (attention_mask != 0).int().argmax(dim=1)
+    first = sent((attention_mask != 0).int().argmax(dim=1), hidden.device)
     return hidden[torch.arange(hidden.shape[0], device=hidden.device), first]
 
 
@@ -161,7 +176,7 @@ def check_range(name: str, ids: Tensor | None, limit: int) -> None:
     Raises:
         ValueError: An id is not from 0 to below `limit`.
     """
-    if ids is None or ids.device.type != "cpu" or ids.numel() == 0 or _is_graph():
+    if ids is None or ids.device.type != "cpu" or ids.numel() == 0 or is_graph():
         return
     for extreme in torch.stack(ids.aminmax()).tolist():
         if not 0 <= extreme < limit:
@@ -218,11 +233,17 @@ def _checked_pair_mask(mask: Tensor, batch_size: int, seq_len: int) -> Tensor:
     return mask.expand(batch_size, -1, -1, -1)
 
 
-def _is_graph() -> bool:
+def is_graph() -> bool:
     """Whether this call is being recorded, to be run again on other data."""
     if torch.compiler.is_compiling():
         return True
     return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+
+
+def is_exporting() -> bool:
+    """Whether this call is being recorded to run where the kernels do not exist."""
+    # Up to torch 2.11 Dynamo takes `torch.compiler.is_exporting()` for true wherever it traces.
+    return bool(torch.compiler._is_exporting_flag)
 
 
 def _kind_of(value: Any) -> str:

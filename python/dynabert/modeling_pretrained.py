@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -28,6 +28,8 @@ from dynabert_kernels.quantization import check_finite
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+    from dynabert.modeling_capture import CapturedModel
 
 
 _resolve = lru_cache(maxsize=4096)(SubnetConfig.resolve)
@@ -113,6 +115,43 @@ class DynaBertPreTrainedModel(PreTrainedModel):
         if base is not self:
             setattr(view, self.base_model_prefix, base.with_subnet(shape))
         return view
+
+    def capture(
+        self,
+        batch_size: int,
+        seq_len: int,
+        *,
+        subnets: Sequence[SubnetConfig | SubnetShape | None] = (),
+        lazy: bool = True,
+        clone: bool = False,
+        output_hidden_states: bool = False,
+    ) -> CapturedModel:
+        """A runner for batches of up to this size that replays CUDA graphs, one for each depth.
+
+        Every width runs in the graph of its depth. For arguments, what the runner takes and what
+        it returns see `dynabert.modeling_capture.CapturedModel`.
+
+        Raises:
+            TypeError: An argument has the wrong type.
+            ValueError: The model is not on a GPU, in training or quantised; or a size is out of
+                range.
+            NotImplementedError: The kernels that would run cannot be captured.
+
+        Example:
+            >>> runner = model.to("cuda").capture(batch_size=8, seq_len=128)  # doctest: +SKIP
+            >>> logits = runner(input_ids, mask, subnet=SubnetConfig(0.5)).logits  # doctest: +SKIP
+        """
+        from dynabert.modeling_capture import CapturedModel  # stands above this module
+
+        return CapturedModel(
+            self,
+            batch_size,
+            seq_len,
+            subnets=subnets,
+            lazy=lazy,
+            clone=clone,
+            output_hidden_states=output_hidden_states,
+        )
 
     @property
     def quantization(self) -> str | None:

@@ -37,10 +37,10 @@ class ModuleWatch(Generic[MadeT]):
         self._names = [name for _, name in slots]
         self._modules = [cast(nn.Module, place[name]) for place, name in slots]
         self._types = list(map(type, self._modules))
-        self._states: list[dict[str, Any]] = [vars(module) for module in self._modules]
-        self._hooks = [
-            hooks for m in self._modules for hooks in (m._forward_hooks, m._forward_pre_hooks)
-        ]
+        # A list of layers is never called itself; a new one is in training, whatever it holds.
+        called = [module for module in self._modules if type(module) is not nn.ModuleList]
+        self._states: list[dict[str, Any]] = [vars(module) for module in called]
+        self._hooks = [hooks for m in called for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self._own = [module._parameters for module in self._modules]
         self._parameters = list(chain.from_iterable(map(dict.values, self._own)))
 

@@ -10,8 +10,10 @@ import torch
 if find_spec("triton") is None:
     pytest.skip("the triton package is not installed", allow_module_level=True)
 
-from benchmarks import gpu_triton
+from benchmarks import gpu_attention, gpu_products, gpu_triton
 from benchmarks.geometry import Geometry
+from benchmarks.gpu_product_cases import CASES, MIXED, NORM
+from benchmarks.gpu_timing import relative_error
 from benchmarks.records import Deadline, Recorder
 from dynabert_kernels import use_backend
 from dynabert_kernels.triton.availability import INTERPRETED
@@ -51,3 +53,31 @@ def test_no_time_left_is_said(recorder):
     gpu_triton.run(recorder, Deadline(0), "cpu", torch.float16, GEOMETRY, [[3]])
     (row,) = recorder.rows
     assert row["case"] == "cut short"
+
+
+@pytest.mark.slow
+def test_our_launchers_do_what_the_peers_of_each_product_do(recorder):
+    sweep = gpu_products.Sweep(recorder, "cpu", tokens=16, with_ours=True)
+    with torch.no_grad():
+        for case in CASES:
+            sweep.run(case, GEOMETRY, 0.5, compile=False)
+            if case.kind in MIXED:
+                sweep.mixed(case, GEOMETRY)
+    assert [row for row in recorder.rows if "error" in row] == []
+    timed = {(row["case"], row["peer"]) for row in recorder.rows}
+    assert timed >= {(case.kind, "ours") for case in CASES}
+    assert timed >= {(case.kind, "ours device width") for case in CASES if case.kind != NORM}
+    assert timed >= {(f"{kind} mixed", "ours") for kind in MIXED}
+
+
+@pytest.mark.slow
+def test_our_attention_does_what_the_peers_do(recorder):
+    # The peers compute in bfloat16, which the interpreter's products do not; ours is checked alone.
+    qkv = torch.randn(2, 8, 3, 4, 32)
+    gradient = torch.randn(2, 4, 8, 32)
+    for backward in (False, True):
+        calls = gpu_attention._dense_calls(qkv, gradient, backward, with_ours=True)
+        expected = gpu_attention._reference(qkv, gradient, backward)
+        for name in [name for name in calls if name.startswith("ours")]:
+            found = calls[name].restored(calls[name].run())
+            assert relative_error(found, expected) < 1e-3, name

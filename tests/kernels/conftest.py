@@ -30,7 +30,7 @@ class BackendUnderTest:
     @property
     def repeats(self) -> int:
         """Calls that a test of repeatability makes; Triton's interpreter is slow and serial."""
-        return 3 if self.name == "triton" and self.device == "cpu" else 20
+        return 1 if self.name == "triton" and self.device == "cpu" else 20
 
     def __call__(self, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         # NumPy would warn of every NaN it computes with.
@@ -40,6 +40,24 @@ class BackendUnderTest:
             except NotImplementedError as error:
                 reasons = [line.strip() for line in str(error).splitlines()]
                 pytest.skip(next(r for r in reasons if r.startswith(f"{self.name}:")))
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leaves to `slow` what Triton's interpreter need not run every time.
+
+    It takes a good part of a second a call. Without a GPU the quick tests take the first value of
+    each parameter, the ordinary case, and vary one at a time in a single test.
+    """
+    ordinary: dict[str, dict[str, Any]] = {}
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        case = params.get("backend")
+        if isinstance(case, BackendUnderTest) and (case.name, case.device) == ("triton", "cpu"):
+            first = ordinary.setdefault(item.nodeid.partition("[")[0], params)
+            varied = sum(params[name] != value for name, value in first.items())
+            if varied > ("::test_is_as_accurate_as_pytorch[" in item.nodeid):
+                item.add_marker(pytest.mark.slow)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -52,7 +52,9 @@ ATTENTION_WRONG = {
     "heads_none": ({"num_heads": None}, TypeError, "num_heads=None"),
     "heads_list": ({"num_heads": [3, 3]}, TypeError, "num_heads="),
     "each_int64": ({"num_heads": torch.tensor([3, 3])}, TypeError, "num_heads.dtype"),
-    "each_short": ({"num_heads": int32(3)}, ValueError, "num_heads.shape"),
+    "each_none": ({"num_heads": int32()}, ValueError, "num_heads.shape"),
+    "each_column": ({"num_heads": int32(3, 3)[:, None]}, ValueError, "num_heads.shape"),
+    "one_many": ({"num_heads": int32(6)}, ValueError, r"num_heads\[0\]=6"),
     "each_long": ({"num_heads": int32(3, 3, 3)}, ValueError, "num_heads.shape"),
     "each_scalar": ({"num_heads": torch.tensor(3).int()}, ValueError, "num_heads.shape"),
     "each_zero": ({"num_heads": int32(3, 0)}, ValueError, r"num_heads\[1\]=0"),
@@ -150,10 +152,16 @@ FFN_WRONG = {
         TypeError,
         "intermediate_size.dtype",
     ),
-    "each_short": (
-        {"intermediate_size": int32(37), "cu_seqlens": FFN_OFFSETS},
+    "each_long": (
+        {"intermediate_size": int32(37, 9, 9), "cu_seqlens": FFN_OFFSETS},
         ValueError,
         "intermediate_size.shape",
+    ),
+    "one_no_offsets": ({"intermediate_size": int32(37)}, ValueError, "cu_seqlens=None"),
+    "one_zero": (
+        {"intermediate_size": int32(0), "cu_seqlens": FFN_OFFSETS},
+        ValueError,
+        r"intermediate_size\[0\]=0",
     ),
     "each_zero": (
         {"intermediate_size": int32(37, 0), "cu_seqlens": FFN_OFFSETS},

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynabert_kernels import attention, dropout, ffn
+from dynabert_kernels import attention, dropout, ffn, use_backend
+from dynabert_kernels.ops import forced_backend
+from dynabert_kernels.ops.ffn import FFN
 from dynabert_kernels.testing import (
     assert_as_accurate,
     converted,
@@ -177,7 +179,28 @@ def test_philox_op_passes_opcheck():
         torch.library.opcheck(torch.ops.dynabert.philox_word.default, (7, *words))
 
 
-NEURONS, HEADS, HIDDEN = 20, 4, 12
+NEURONS, HEADS, HEAD_DIM, HIDDEN = 20, 4, 32, 12
+ON_CARD = torch.cuda.is_available()
+# The C++ kernels drop in training alone, which test_cpu_training.py covers.
+BACKENDS = {"reference": "cpu", "triton": "cuda" if ON_CARD else "cpu"}
+
+
+@pytest.fixture(params=BACKENDS)
+def device(request):
+    """Where a backend runs; it is forced meanwhile."""
+    reason = dict(FFN.status(BACKENDS[request.param]))[request.param]
+    if reason is not None:
+        pytest.skip(f"{request.param}: {reason}")
+    with use_backend(request.param):
+        yield BACKENDS[request.param]
+
+
+def neurons_on(device, dtype=torch.float32):
+    return random_ffn(NEURONS, HIDDEN, device=device, dtype=dtype)
+
+
+def heads_on(device, dtype=torch.float32):
+    return random_attention(HEADS, HEAD_DIM, HIDDEN, device=device, dtype=dtype)
 
 
 def run_ffn(hidden, weights, seed=3, neurons=9, dropout_p=0.4, **more):
@@ -186,15 +209,18 @@ def run_ffn(hidden, weights, seed=3, neurons=9, dropout_p=0.4, **more):
 
 
 def run_attention(hidden, weights, lengths, seed=3, heads=2, **more):
-    arguments = {"cu_seqlens": offsets_of(lengths), "max_seqlen": max(lengths), "seed": seed}
+    offsets = offsets_of(lengths, hidden.device)
+    arguments = {"cu_seqlens": offsets, "max_seqlen": max(lengths), "seed": seed}
     return attention(hidden, weights, num_heads=heads, **(arguments | more))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_ffn_drops_before_the_residual(dtype):
-    hidden = random_hidden(11, HIDDEN, dtype=dtype)
-    weights = converted(random_ffn(NEURONS, HIDDEN), dtype)
-    kept = dropout.rand(3, torch.arange(11 * HIDDEN)).view(11, HIDDEN) > 0.4
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_ffn_drops_before_the_residual(device, dtype):
+    if dtype == torch.bfloat16 and forced_backend() == "triton" and not ON_CARD:
+        pytest.skip("Triton's interpreter multiplies bfloat16 wrongly")
+    hidden = random_hidden(11, HIDDEN, dtype=dtype, device=device)
+    weights = neurons_on(device, dtype)
+    kept = dropout.rand(3, torch.arange(11 * HIDDEN, device=device)).view(11, HIDDEN) > 0.4
 
     def plain(tokens, weights):
         up = F.gelu(F.linear(tokens, weights.up_weight[:9], weights.up_bias[:9]))
@@ -207,13 +233,13 @@ def test_ffn_drops_before_the_residual(dtype):
 
 
 @pytest.mark.parametrize("lengths", [[4, 4], [5, 3]], ids=["equal", "ragged"])
-def test_attention_drops_weights_and_projection(lengths):
-    hidden, weights = random_hidden(8, HIDDEN), random_attention(HEADS, 3, HIDDEN)
+def test_attention_drops_weights_and_projection(device, lengths):
+    hidden, weights = random_hidden(8, HIDDEN, device=device), heads_on(device)
     actual = run_attention(hidden, weights, lengths, dropout_p=0.3, attention_dropout_p=0.4)
     start, rows = 0, []
     for length in lengths:
         tokens = hidden[start : start + length]
-        queries = torch.arange(start, start + length)
+        queries = torch.arange(start, start + length, device=device)
         numbers = dropout.attention_uniform(3, queries[None], 2, length)[0]
         projected = weights.out_bias.expand(length, -1)
         for head in range(2):
@@ -221,7 +247,7 @@ def test_attention_drops_weights_and_projection(lengths):
                 tokens @ weights.qkv_weight[head, part].T + weights.qkv_bias[head, part]
                 for part in range(3)
             )
-            probabilities = (query @ key.T / 3**0.5).softmax(-1)
+            probabilities = (query @ key.T / HEAD_DIM**0.5).softmax(-1)
             probabilities = torch.where(numbers[head] > 0.4, probabilities / 0.6, 0)
             projected = projected + probabilities @ value @ weights.out_weight[head]
         numbers = dropout.hidden_uniform(3, queries, HIDDEN)
@@ -233,7 +259,7 @@ def test_attention_drops_weights_and_projection(lengths):
 
 @pytest.mark.parametrize("mask", ["bool", "additive"])
 def test_attention_dropout_goes_with_a_mask(mask):
-    hidden, weights = random_hidden(8, HIDDEN), random_attention(HEADS, 3, HIDDEN)
+    hidden, weights = random_hidden(8, HIDDEN), heads_on("cpu")
     seen = torch.ones(2, 1, 4, 4, dtype=torch.bool).tril()
     added = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
     options = {"attn_mask": seen if mask == "bool" else added, "attention_dropout_p": 0.4}
@@ -244,9 +270,9 @@ def test_attention_dropout_goes_with_a_mask(mask):
 
 
 @pytest.mark.parametrize("each", [[2, 4, 1], [4, 2, 2]], ids=["mixed", "sorted"])
-def test_masks_do_not_depend_on_grouping_by_width(each):
+def test_masks_do_not_depend_on_grouping_by_width(device, each):
     lengths = [3, 4, 2]
-    hidden, weights = random_hidden(9, HIDDEN), random_attention(HEADS, 3, HIDDEN)
+    hidden, weights = random_hidden(9, HIDDEN, device=device), heads_on(device)
     options = {"dropout_p": 0.3, "attention_dropout_p": 0.4}
     widths = torch.tensor(each, dtype=torch.int32)
     together = run_attention(hidden, weights, lengths, heads=widths, **options)
@@ -256,22 +282,22 @@ def test_masks_do_not_depend_on_grouping_by_width(each):
         alone = run_attention(hidden, weights, lengths, heads=width, **options)
         torch.testing.assert_close(together[rows], alone[rows])
         start += length
-    neurons = random_ffn(NEURONS, HIDDEN)
-    options = {"cu_seqlens": offsets_of(lengths)}
+    neurons = neurons_on(device)
+    options = {"cu_seqlens": offsets_of(lengths, device)}
     mixed = run_ffn(hidden, neurons, neurons=widths, **options)
     single = run_ffn(hidden, neurons, neurons=each[0], **options)
     torch.testing.assert_close(mixed[:3], single[:3])
 
 
-def test_max_seqlen_does_not_change_the_mask():
-    hidden, weights = random_hidden(8, HIDDEN), random_attention(HEADS, 3, HIDDEN)
+def test_max_seqlen_does_not_change_the_mask(device):
+    hidden, weights = random_hidden(8, HIDDEN, device=device), heads_on(device)
     tight = run_attention(hidden, weights, [5, 3], attention_dropout_p=0.4)
     loose = run_attention(hidden, weights, [5, 3], attention_dropout_p=0.4, max_seqlen=9)
     torch.testing.assert_close(tight, loose)
 
 
-def test_one_seed_one_mask():
-    hidden, weights = random_hidden(11, HIDDEN), random_ffn(NEURONS, HIDDEN)
+def test_one_seed_one_mask(device):
+    hidden, weights = random_hidden(11, HIDDEN, device=device), neurons_on(device)
     assert torch.equal(run_ffn(hidden, weights), run_ffn(hidden, weights))
     assert not torch.equal(run_ffn(hidden, weights), run_ffn(hidden, weights, seed=4))
     assert torch.equal(
@@ -314,14 +340,14 @@ def test_unseeded_dropout_decides_about_neighbours_alone():
         assert abs(correlation) < 5 / len(kept) ** 0.5
 
 
-def test_without_seed_torch_draws():
-    hidden, weights = random_hidden(11, HIDDEN), random_ffn(NEURONS, HIDDEN)
+def test_without_seed_torch_draws(device):
+    hidden, weights = random_hidden(11, HIDDEN, device=device), neurons_on(device)
     torch.manual_seed(1)
     first, second = (run_ffn(hidden, weights, seed=None) for _ in range(2))
     torch.manual_seed(1)
     assert torch.equal(run_ffn(hidden, weights, seed=None), first)
     assert not torch.equal(first, second)
-    heads = random_attention(HEADS, 3, HIDDEN)
+    heads = heads_on(device)
     options = {"seed": None, "attention_dropout_p": 0.4}
     first, second = (run_attention(hidden, heads, [5, 6], **options) for _ in range(2))
     assert not torch.equal(first, second)
@@ -330,8 +356,7 @@ def test_without_seed_torch_draws():
 @pytest.mark.parametrize("lengths", [[3, 3], [4, 2]], ids=["equal", "ragged"])
 def test_forward_and_backward_use_one_mask(lengths):
     hidden = random_hidden(6, HIDDEN, dtype=torch.float64).requires_grad_()
-    heads = random_attention(HEADS, 3, HIDDEN, dtype=torch.float64)
-    neurons = random_ffn(NEURONS, HIDDEN, dtype=torch.float64)
+    heads, neurons = heads_on("cpu", torch.float64), neurons_on("cpu", torch.float64)
     options = {"dropout_p": 0.3, "attention_dropout_p": 0.4}
 
     def layer(tokens):

@@ -81,8 +81,8 @@ def int32(*values):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("tokens", [0, 1, 7, 63], ids="t{}".format)
-@pytest.mark.parametrize("neurons", [1, 37, NEURONS], ids="i{}".format)
+@pytest.mark.parametrize("tokens", [7, 0, 1, 63], ids="t{}".format)
+@pytest.mark.parametrize("neurons", [37, 1, NEURONS], ids="i{}".format)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_is_as_accurate_as_pytorch(backend, dtype, neurons, tokens, activation):
     hidden, weights = inputs(backend, tokens, dtype, activation)
@@ -94,7 +94,7 @@ def test_is_as_accurate_as_pytorch(backend, dtype, neurons, tokens, activation):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("neurons", [37, NEURONS], ids="i{}".format)
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_are_as_accurate_as_pytorch(backend, dtype, neurons, activation):
     hidden, weights = inputs(backend, 23, dtype, activation)
     upstream = random_hidden(23, HIDDEN, dtype=dtype, device=backend.device, seed=2)
@@ -125,7 +125,7 @@ def test_the_tolerance_rejects_a_wrong_kernel(dtype, mutation):
         assert_as_accurate("mutant", wrong, plain(hidden, weights, 37), naive(*double, 37))
 
 
-@pytest.mark.parametrize("neurons", [1, 37, NEURONS], ids="i{}".format)
+@pytest.mark.parametrize("neurons", [37, 1, NEURONS], ids="i{}".format)
 def test_prefix_equals_the_extracted_sublayer(backend, neurons):
     hidden, weights = inputs(backend, 7)
     with torch.no_grad():
@@ -171,7 +171,7 @@ def test_nan_in_a_token_stays_in_it(backend):
     assert torch.equal(dirty[others], clean[others])
 
 
-@pytest.mark.parametrize("each", [[150, 37, 37, 1], [1, 150, 37, 150]], ids=["sorted", "mixed"])
+@pytest.mark.parametrize("each", [[1, 150, 37, 150], [150, 37, 37, 1]], ids=["mixed", "sorted"])
 def test_each_sequence_has_its_width(backend, each):
     lengths = [5, 9, 0, 7]
     hidden, weights = inputs(backend, 21)
@@ -195,7 +195,7 @@ def test_a_sequence_meets_no_weight_beyond_its_width(backend):
     assert torch.equal(dirty[14:], clean[14:])
 
 
-@pytest.mark.parametrize("each", [[150, 37, 37], [37, 150, 1]], ids=["sorted", "mixed"])
+@pytest.mark.parametrize("each", [[37, 150, 1], [150, 37, 37]], ids=["mixed", "sorted"])
 def test_gradients_of_mixed_widths_are_the_sum_of_each(backend, each):
     lengths = [5, 9, 7]
     hidden, weights = inputs(backend, 21)
@@ -214,7 +214,7 @@ def test_gradients_of_mixed_widths_are_the_sum_of_each(backend, each):
         torch.testing.assert_close(tensor.grad, getattr(apart, name).grad, msg=name)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_float32_weights_serve_half_precision_tokens(backend, dtype):
     hidden, weights = inputs(backend, 23)
     with torch.no_grad():

@@ -14,6 +14,7 @@ from torch import Tensor
 import dynabert_kernels
 from dynabert_kernels import ffn, use_backend
 from dynabert_kernels.ops import OPS, Backend, Op, _op, forced_backend
+from dynabert_kernels.ops._op import Training
 from dynabert_kernels.ops.attention import ATTENTION
 from dynabert_kernels.ops.ffn import FFN
 from dynabert_kernels.testing import random_ffn, random_hidden
@@ -79,6 +80,34 @@ ELSEWHERE = Backend("elsewhere", "cuda", run=scale_kernel)
 NARROW = Backend("narrow", "cpu", run=scale_kernel, scope=negative, why_not=large)
 OPT_IN = Backend("opt_in", "cpu", run=scale_kernel, why_not=large, unproven="no run proves it")
 
+
+class ProductCall(NamedTuple):
+    hidden: Tensor
+    scale: Tensor
+
+    def arguments(self) -> tuple[Any, ...]:
+        return (self.hidden, self.scale)
+
+    def describe(self) -> str:
+        return "a product"
+
+
+PRODUCT = Backend(
+    "product",
+    "cpu",
+    run=lambda hidden, scale: hidden * scale + 1,
+    training=Training(
+        kept=("doubled",),
+        num_gradients=2,
+        fake=lambda hidden, scale: (torch.empty_like(hidden), torch.empty_like(hidden)),
+        run=lambda hidden, scale: (hidden * scale, hidden * 2),
+        run_backward=lambda upstream, doubled, hidden, scale: (
+            upstream * scale,
+            upstream * doubled / 2,
+        ),
+    ),
+)
+
 # Operators live as long as the process, so the table of these tests is made once.
 TOY = make_op("toy", (ABSENT, ELSEWHERE, INFERENCE, TRAINING))
 TOY_INFERENCE = make_op("toy_inference", (INFERENCE,))
@@ -86,7 +115,14 @@ TOY_FOREIGN = make_op("toy_foreign", (ELSEWHERE,))
 TOY_OPT_IN = make_op("toy_opt_in", (OPT_IN,))
 TOY_OPT_IN_FIRST = make_op("toy_opt_in_first", (OPT_IN, INFERENCE))
 TOY_NARROW = make_op("toy_narrow", (NARROW,))
-TOYS = (TOY, TOY_INFERENCE, TOY_FOREIGN, TOY_NARROW, TOY_OPT_IN, TOY_OPT_IN_FIRST)
+TOY_TRAINED = Op(
+    "toy_trained",
+    schema="(Tensor hidden, Tensor scale) -> Tensor",
+    fake=scale_fake,
+    reference=lambda call: call.hidden,
+    backends=(PRODUCT,),
+)
+TOYS = (TOY, TOY_INFERENCE, TOY_FOREIGN, TOY_NARROW, TOY_OPT_IN, TOY_OPT_IN_FIRST, TOY_TRAINED)
 for toy in TOYS:
     del OPS[toy.name]
 
@@ -121,6 +157,19 @@ def test_a_backend_without_backward_yields_where_gradients_are_needed():
     assert "no backward" in TOY.why_not("inference", ScaleCall(hidden, 2.0))
     with torch.no_grad():
         assert TOY.why_not("inference", ScaleCall(hidden, 2.0)) is None
+
+
+def test_a_backend_may_train_in_python():
+    hidden, scale = ones(requires_grad=True), (ones() * 3).requires_grad_()
+    result = TOY_TRAINED(ProductCall(hidden, scale))
+    assert result.tolist() == [3, 3, 3]
+    first, second = torch.autograd.grad(result.sum(), (hidden, scale), create_graph=True)
+    assert first.tolist() == [3, 3, 3] and second.tolist() == [1, 1, 1]
+    with pytest.raises(NotImplementedError, match=r"^toy_trained: backend='product' in a second "):
+        first.sum().backward()
+    with torch.no_grad():
+        assert TOY_TRAINED(ProductCall(hidden, scale)).tolist() == [4, 4, 4]
+    torch.library.opcheck(torch.ops.dynabert.toy_trained.product_training, (hidden, scale))
 
 
 def test_reasons_are_sentences():

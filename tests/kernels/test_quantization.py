@@ -44,7 +44,7 @@ def the_definition():
 
 
 def run_attention(hidden, weights=HEAD_WEIGHTS, heads=HEADS, lengths=LENGTHS, **more):
-    offsets = offsets_of(lengths)
+    offsets = offsets_of(lengths, hidden.device)
     return attention(
         hidden, weights, num_heads=heads, cu_seqlens=offsets, max_seqlen=max(lengths), **more
     )

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -32,16 +33,47 @@ DTYPES = ("bfloat16", "float32")
 BATCHES = (128, 1024, 16384)
 
 
-def linear(capability, dtype, form, activation, tokens, outputs, inputs):
-    return locals() | {"launch": "linear"}
+def matmul(
+    capability, dtype, form, activation, tokens, outputs, inputs, tiled=False, training=False
+):
+    return locals() | {"launch": "product"}
 
 
-def attention(capability, dtype, head_dim, max_seqlen):
-    return locals() | {"launch": "attention"}
+def attention(
+    capability,
+    dtype,
+    head_dim,
+    max_seqlen,
+    dropout=False,
+    device_heads=False,
+    batch_size=99,
+    short=False,
+    launch="attention",
+):
+    return locals()
 
 
-def norm(capability, dtype, channels, parts):
+attention_gradient = partial(attention, launch="attention_gradient")
+
+
+def norm(capability, dtype, channels, parts, training=False):
     return locals() | {"launch": "norm"}
+
+
+def norm_gradient(capability, dtype, channels, parts=1, training=True):
+    return locals() | {"launch": "norm_gradient"}
+
+
+def weight_gradient(capability, dtype, tokens, outputs, inputs, tiled, with_bias=True):
+    return locals() | {"launch": "weight_gradient"}
+
+
+def padding(capability, dtype, seq_len, channels, ordered):
+    return locals() | {"launch": "padding"}
+
+
+def embeddings(capability, dtype, channels, given):
+    return locals() | {"launch": "embeddings"}
 
 
 def case_id(case):
@@ -53,20 +85,43 @@ FAST = [
     case
     for sm in (80, 90)
     for case in (
-        *(linear(sm, "bfloat16", "rows", "gelu", tokens, 3072, 768) for tokens in BATCHES),
-        *(linear(sm, "bfloat16", "columns", "none", tokens, 768, 3072) for tokens in BATCHES),
-        linear(sm, "float32", "rows", "gelu", 1024, 3072, 768),
-        linear(sm, "float16", "rows", "gelu", 1024, 77, 768),
+        *(matmul(sm, "bfloat16", "rows", "gelu", tokens, 3072, 768) for tokens in BATCHES),
+        *(matmul(sm, "bfloat16", "columns", "none", tokens, 768, 3072) for tokens in BATCHES),
+        matmul(sm, "float32", "rows", "gelu", 1024, 3072, 768),
+        matmul(sm, "float16", "rows", "gelu", 1024, 77, 768),
+        *(
+            matmul(sm, "bfloat16", form, "gelu", 16384, *sizes, tiled, training=True)
+            for form, *sizes in (
+                ("rows", 3072, 768),
+                ("gradient", 3072, 768),
+                ("columns", 768, 3072),
+            )
+            for tiled in (False, True)
+        ),
         attention(sm, "bfloat16", 64, 128),
         attention(sm, "bfloat16", 64, 512),
         attention(sm, "float32", 64, 128),
+        attention(sm, "bfloat16", 64, 128, batch_size=1),
+        attention(sm, "bfloat16", 64, 128, short=True),
+        attention(sm, "bfloat16", 64, 128, dropout=True, device_heads=True),
+        attention_gradient(sm, "bfloat16", 64, 128),
+        attention_gradient(sm, "bfloat16", 64, 128, short=True),
+        attention_gradient(sm, "bfloat16", 64, 128, dropout=True, device_heads=True),
+        attention_gradient(sm, "bfloat16", 64, 512),
         norm(sm, "bfloat16", 768, 1),
         norm(sm, "bfloat16", 768, 8),
+        norm(sm, "bfloat16", 768, 8, training=True),
+        norm_gradient(sm, "bfloat16", 768),
+        *(weight_gradient(sm, "bfloat16", 16384, 3072, 768, tiled) for tiled in (False, True)),
+        weight_gradient(sm, "float16", 1024, 77, 768, True),
+        weight_gradient(sm, "float32", 1024, 3072, 768, True),
+        *(padding(sm, "bfloat16", 128, 768, ordered) for ordered in (False, True)),
+        *(embeddings(sm, "bfloat16", 768, given) for given in (False, True)),
     )
 ]
 ALL = [
     *(
-        linear(sm, dtype, form, activation, tokens, outputs, inputs)
+        matmul(sm, dtype, form, activation, tokens, outputs, inputs)
         for sm, dtype, tokens in product((80, 90), DTYPES, BATCHES)
         for form, activation in (
             *product(["rows"], ["none", *ACTIVATIONS]),
@@ -76,14 +131,42 @@ ALL = [
         for outputs, inputs in ((768, 768), (208, 336), (77, 63))
     ),
     *(
-        attention(sm, dtype, head_dim, max_seqlen)
-        for sm, dtype, head_dim in product((80, 90), DTYPES, HEAD_DIMS)
-        for max_seqlen in (1, 32, 64, 128, 512)
+        matmul(sm, dtype, form, activation, tokens, 768, inputs, tiled, training=True)
+        for sm, dtype, tokens in product((80, 90), DTYPES, BATCHES)
+        for form, activation in (*product(["rows", "gradient"], ACTIVATIONS), ("columns", "none"))
+        for inputs, tiled in product((768, 336), (False, True))
     ),
     *(
-        norm(sm, dtype, channels, parts)
+        direction(sm, dtype, head_dim, max_seqlen, dropout)
+        for direction in (attention, attention_gradient)
+        for sm, dtype, head_dim in product((80, 90), DTYPES, HEAD_DIMS)
+        for max_seqlen, dropout in product((1, 32, 64, 128, 512), (False, True))
+    ),
+    *(
+        norm(sm, dtype, channels, parts, training)
         for sm, dtype in product((80, 90), DTYPES)
         for channels, parts in product((77, 768, 1024, 4096), (1, 2, 4, 8))
+        for training in (False, True)
+    ),
+    *(
+        norm_gradient(sm, dtype, channels, training=training)
+        for sm, dtype in product((80, 90), DTYPES)
+        for channels, training in product((77, 768, 1024, 4096), (False, True))
+    ),
+    *(
+        weight_gradient(sm, dtype, tokens, outputs, inputs, tiled, with_bias)
+        for sm, dtype in product((80, 90), DTYPES)
+        for tokens, outputs, inputs in product((1024, 16384), (3072, 77), (768, 77))
+        for tiled, with_bias in product((False, True), (False, True))
+    ),
+    *(
+        padding(sm, dtype, seq_len, channels, True)
+        for sm, dtype in product((80, 90), DTYPES)
+        for seq_len, channels in product((1, 77, 512), (77, 1024, 4096))
+    ),
+    *(
+        embeddings(sm, dtype, channels, True)
+        for sm, dtype, channels in product((80, 90), DTYPES, (77, 1024, 4096))
     ),
 ]
 CASES = [
@@ -127,10 +210,14 @@ def test_compiles_within_the_limits_of_the_card(request, compiled, case):
     assert "error" not in needs, needs["error"]
     assert needs["stack"] == needs["local"] == 0, f"registers spill to memory: {needs}"
     assert needs["shared"] <= SHARED_LIMIT[case["capability"]]
-    if case["launch"] == "norm":
+    if case["launch"] in ("norm", "norm_gradient", "padding", "embeddings"):
         return
-    if case["capability"] == 90 and case["launch"] == "linear" and case["dtype"] != "float32":
+    if case["launch"] == "weight_gradient" and case["capability"] == 90:
+        aligned = case["dtype"] != "float32" and case["outputs"] % 8 == case["inputs"] % 8 == 0
+        assert (needs["copy_engine"] > 0) == aligned
+        assert needs["wgmma"] > 0
+    if case["capability"] == 90 and case["launch"] == "product" and case["dtype"] != "float32":
         aligned = case["outputs"] % 16 == case["inputs"] % 16 == 0
         assert (needs["wgmma"] > 0) == aligned
         assert (needs["copy_engine"] > 0) == (aligned and case["tokens"] > configs.SMALL_BATCH)
-    assert needs["wgmma"] + needs["mma"] > 0, "no tensor-core instruction"
+    assert needs["tensor_core"] > 0, "no tensor-core instruction"

@@ -12,6 +12,7 @@ from dynabert_kernels.varlen import (
     sequence_of_token,
     token_positions,
     unpad,
+    unpad_on_device,
 )
 
 MASKS = {
@@ -182,3 +183,70 @@ def test_restore_undoes_pack_for_any_mask(mask):
     packing = unpad(real)
     assert torch.equal(packing.restore(packing.pack(values)), values * real[..., None])
     assert packing.max_seqlen == int(real.sum(1).max())
+
+
+@pytest.mark.parametrize("order", [None, [2, 0, 1], [1, 2, 0]], ids=str)
+@pytest.mark.parametrize("rows", MASKS.values(), ids=MASKS.keys())
+def test_unpad_on_device_packs_the_same_tokens_to_the_front(rows, order):
+    mask = torch.tensor(rows)
+    values = torch.randn(3, 4, 2, requires_grad=True)
+    packing = unpad_on_device(mask, None if order is None else torch.tensor(order))
+    expected = unpad(mask) if order is None else unpad(mask).reordered(order)
+    total = expected.total_tokens
+    assert packing.total_tokens == 12
+    assert torch.equal(packing.cu_seqlens, expected.cu_seqlens)
+    assert packing.cu_seqlens.dtype == torch.int32
+    packed = packing.pack(values)
+    assert torch.equal(packed[:total], expected.pack(values))
+    spare = torch.cat([packed[:total], packed[total:] * torch.nan])
+    restored = packing.restore(spare)
+    assert torch.equal(restored, torch.where(mask[..., None].bool(), values, 0))
+    trimmed = packing.without_spare_rows()
+    assert torch.equal(trimmed.restore(packed[:total]), restored)
+    (gradient,) = torch.autograd.grad(packing.restore(packed).sum(), values)
+    assert torch.equal(gradient, mask[..., None].expand(3, 4, 2).float())
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1]], ids=str)
+@pytest.mark.parametrize("rows", MASKS.values(), ids=MASKS.keys())
+def test_reordered_sequences_come_from_and_go_to_the_same_positions(rows, order):
+    mask = torch.tensor(rows)
+    values = torch.randn(3, 4, 2)
+    packing = unpad(mask)
+    reordered = packing.reordered(order)
+    moved = unpad(mask[order])
+    assert torch.equal(reordered.cu_seqlens, moved.cu_seqlens)
+    assert list(reordered.host_offsets()) == moved.cu_seqlens.tolist()
+    packed = reordered.pack(values)
+    assert torch.equal(packed, moved.pack(values[order]))
+    assert torch.equal(reordered.restore(packed), packing.restore(packing.pack(values)))
+
+
+@pytest.mark.parametrize("rows", MASKS.values(), ids=MASKS.keys())
+def test_host_offsets_are_those_of_the_device(rows):
+    packing = unpad(torch.tensor(rows))
+    assert list(packing.host_offsets()) == packing.cu_seqlens.tolist()
+    dense = Packing.dense(3, 4)
+    assert list(dense.host_offsets()) == dense.cu_seqlens.tolist()
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
+@pytest.mark.parametrize("rows", MASKS.values(), ids=MASKS.keys())
+def test_a_mask_on_the_cpu_packs_tokens_on_the_gpu_without_a_wait(rows):
+    values, device = torch.randn(3, 4).cuda(), torch.device("cuda")
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        packing = unpad(torch.tensor(rows), device)
+        packed = packing.pack(values)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    expected = unpad(torch.tensor(rows).cuda())
+    assert torch.equal(packed, expected.pack(values))
+    assert torch.equal(packing.cu_seqlens, expected.cu_seqlens)
+    assert list(packing.host_offsets()) == expected.cu_seqlens.tolist()
+    assert (packing.max_seqlen, packing.total_tokens) == (
+        expected.max_seqlen,
+        expected.total_tokens,
+    )

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dynabert import SubnetConfig, subnet_grid
+from dynabert_kernels import use_backend
+from dynabert_kernels.triton import availability
 
 TOLERANCE = {"atol": 1e-5, "rtol": 0.0}
 
@@ -48,6 +50,38 @@ def test_fullgraph_compile_equals_eager(
                     compiled_grads[name], parameter.grad, atol=1e-5, rtol=1e-4
                 )
         model.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("subnet", [None, SubnetConfig(0.5)], ids=["full", "half"])
+def test_fullgraph_compile_for_kernels_stays_unpadded(
+    make_hf: Any, ours: Any, make_batch: Any, subnet: Any, training: bool
+) -> None:
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 64}
+    model = ours(make_hf("bert", **sizes)).requires_grad_(training)
+    device = "cpu" if availability.INTERPRETED else "cuda"
+    model.to(device)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    lengths = (5, 0, 3)
+    batch = {
+        name: ids.to(device) for name, ids in make_batch(model.config, lengths=lengths).items()
+    }
+    gradients = []
+    with use_backend("triton"), torch.set_grad_enabled(training):
+        expected = model(**batch, subnet=subnet, output_hidden_states=True)
+        for call in (model, compiled):
+            got = call(**batch, subnet=subnet, output_hidden_states=True)
+            torch.testing.assert_close(got.logits, expected.logits, **TOLERANCE)
+            for state, other in zip(got.hidden_states, expected.hidden_states, strict=True):
+                torch.testing.assert_close(state, other, **TOLERANCE)
+            if training:
+                got.logits.square().sum().backward()
+                gradients.append({name: p.grad for name, p in model.named_parameters()})
+                model.zero_grad(set_to_none=True)
+    if training:
+        eager, found = gradients
+        for name, gradient in eager.items():
+            torch.testing.assert_close(found[name], gradient, atol=1e-4, rtol=1e-4, msg=name)
 
 
 def test_compiled_sequence_without_tokens_is_defined(

@@ -11,7 +11,7 @@ import torch
 from dynabert import DynaBertForSequenceClassification, SubnetConfig
 from dynabert.cli._options import parse_dtype
 from dynabert.latency import measure_latency
-from dynabert.modeling_dynabert import DynaBertAttention, DynaBertFFN
+from dynabert.modeling_sublayers import DynaBertAttention, DynaBertFFN
 from dynabert_kernels import use_backend
 
 HALF = SubnetConfig(0.5, 0.5)

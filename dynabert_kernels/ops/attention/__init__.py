@@ -107,10 +107,16 @@ def attention(
     Args:
         hidden: Tokens, ``[total_tokens, hidden_size]``; float32, bfloat16, float16 or float64.
         weights: Packed weights; see `dynabert_kernels.layout`.
-        num_heads: Heads to use, 1 to ``weights.num_heads``; or one value per sequence,
-            ``[batch_size]``, int32, on the CPU or beside `hidden` (the reference reads it back,
-            which waits for a GPU).
-        cu_seqlens: Ragged offsets, ``[batch_size + 1]``, int32. Sequences may be empty.
+        num_heads: Heads to use, 1 to ``weights.num_heads``; or an int32 tensor with one value per
+            sequence, ``[batch_size]``, or one for the batch, ``[1]``, on the CPU or beside
+            `hidden`. On a GPU its values are read by the kernels alone, so a captured graph serves
+            every width; they are not checked, and a value out of range is clamped, which keeps
+            memory safe and gives the result of another width. The reference reads them back, which
+            waits for the GPU, and checks them.
+        cu_seqlens: Ragged offsets, ``[batch_size + 1]``, int32. Sequences may be empty. On a GPU
+            and beside a tensor `num_heads` there, the last offset may be less than `total_tokens`:
+            rows past it belong to no sequence, and are undefined in the result and in the gradient
+            of `hidden`.
         max_seqlen: Length of the longest sequence, or more. Where ``batch_size * max_seqlen`` is
             `total_tokens`, the batch is equal-length and nothing is padded.
         dropout_p: Probability of zeroing an element before the residual is added.
@@ -140,13 +146,9 @@ def attention(
     _checks.check_hidden(_WHO, hidden, weights.qkv_weight, weights.hidden_size)
     _checks.check_ragged(_WHO, hidden, cu_seqlens, max_seqlen)
     limit = weights.num_heads
-    heads_each: Tensor | None = None
-    if isinstance(num_heads, Tensor):
-        heads_each = num_heads
-        num_heads = limit
-        _checks.check_widths(_WHO, "num_heads", heads_each, cu_seqlens, limit, "heads")
-    else:
-        _checks.check_width(_WHO, "num_heads", num_heads, limit, "heads")
+    num_heads, heads_each = _checks.resolve_width(
+        _WHO, "num_heads", num_heads, cu_seqlens, limit, "heads"
+    )
     _checks.check_dropout(_WHO, "dropout_p", dropout_p, seed)
     _checks.check_dropout(_WHO, "attention_dropout_p", attention_dropout_p, seed)
     call = AttentionCall(

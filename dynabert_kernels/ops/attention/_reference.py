@@ -14,12 +14,13 @@ from torch import Tensor
 
 from dynabert_kernels import dropout
 from dynabert_kernels.layout import PackedAttention
-from dynabert_kernels.ops._checks import check_not_compiling, check_width_values
+from dynabert_kernels.ops._checks import check_not_compiling
 from dynabert_kernels.ops._sublayer import (
     WidthGroups,
     add_norm,
     hidden_dropout,
     nested_prefixes,
+    read_widths,
     token_dtype,
     token_numbers,
 )
@@ -45,15 +46,28 @@ def attention(call: AttentionCall) -> Tensor:
 
 def _sublayer(call: AttentionCall) -> Tensor:
     weights, hidden = call.weights, call.hidden
+    widths: list[int] = []
+    offsets: list[int] = []
+    total_tokens = hidden.shape[0]
+    if call.num_heads_each is not None and total_tokens > 0:
+        limit = weights.num_heads
+        widths, offsets = read_widths(
+            "attention", "num_heads", call.num_heads_each, call.cu_seqlens, limit, "heads"
+        )
+        if offsets[-1] < total_tokens:
+            hidden = hidden[: offsets[-1]]
     inputs = hidden.to(token_dtype(call.compute))
-    if call.num_heads_each is not None and hidden.shape[0] > 0:
-        projected = _project_by_width(call, inputs)
+    if widths and hidden.shape[0] > 0:
+        projected = _project_by_width(call, inputs, widths, offsets)
     else:
         tokens = slice(0, hidden.shape[0])
         all_heads = Int8Attention.of(weights) if call.compute == "int8" else weights
         projected = _project(call, inputs, all_heads.prefix(call.num_heads), tokens)
     dropped = hidden_dropout(projected, call.dropout_p, call.seed)
-    return add_norm(dropped, hidden, weights.norm_weight, weights.norm_bias, weights.norm_eps)
+    result = add_norm(dropped, hidden, weights.norm_weight, weights.norm_bias, weights.norm_eps)
+    if hidden is call.hidden:
+        return result
+    return F.pad(result, (0, 0, 0, total_tokens - hidden.shape[0]))
 
 
 class Int8Attention(NamedTuple):
@@ -236,13 +250,12 @@ def _split_blind(mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return added.masked_fill(blind, 0), blind
 
 
-def _project_by_width(call: AttentionCall, inputs: Tensor) -> Tensor:
-    check_not_compiling("attention", "num_heads")
-    assert call.num_heads_each is not None
-    widths = call.num_heads_each.tolist()
-    check_width_values("attention", "num_heads", widths, call.weights.num_heads, "heads")
+def _project_by_width(
+    call: AttentionCall, inputs: Tensor, widths: list[int], offsets: list[int]
+) -> Tensor:
+    check_not_compiling("attention", "num_heads")  # Dynamo also starts at this frame, on its own
     device = inputs.device
-    by_width = WidthGroups(widths, call.cu_seqlens.tolist(), device)
+    by_width = WidthGroups(widths, offsets, device)
     prefixes: Mapping[int, PackedAttention | Int8Attention]
     if call.compute == "int8":
         quantized = Int8Attention.of(call.weights)

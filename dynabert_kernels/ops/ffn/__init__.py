@@ -94,11 +94,16 @@ def ffn(
     Args:
         hidden: Tokens, ``[total_tokens, hidden_size]``; float32, bfloat16, float16 or float64.
         weights: Packed weights; see `dynabert_kernels.layout`.
-        intermediate_size: Neurons to use, 1 to ``weights.intermediate_size``; or one value per
-            sequence, ``[batch_size]``, int32, on the CPU or beside `hidden` (the reference reads
-            it back, which waits for a GPU).
-        cu_seqlens: Ragged offsets, ``[batch_size + 1]``, int32; needed with one width per
-            sequence.
+        intermediate_size: Neurons to use, 1 to ``weights.intermediate_size``; or an int32 tensor
+            with one value per sequence, ``[batch_size]``, or one for the batch, ``[1]``, on the
+            CPU or beside `hidden`. On a GPU its values are read by the kernels alone, so a captured
+            graph serves every width; they are not checked, and a value out of range is clamped,
+            which keeps memory safe and gives the result of another width. The reference reads them
+            back, which waits for the GPU, and checks them.
+        cu_seqlens: Ragged offsets, ``[batch_size + 1]``, int32; needed beside a tensor
+            `intermediate_size`. Where that is on a GPU, the last offset may be less than
+            `total_tokens`: rows past it belong to no sequence, and are undefined in the result and
+            in the gradient of `hidden`.
         dropout_p: Probability of zeroing an element before the residual is added.
         seed: None draws from torch's generator. An int in [0, 2**63) gives the counter-based
             mask of `dynabert_kernels.dropout`; give each layer and step its own.
@@ -122,13 +127,9 @@ def ffn(
     if cu_seqlens is not None:
         _checks.check_ragged(_WHO, hidden, cu_seqlens, None)
     limit = weights.intermediate_size
-    sizes: Tensor | None = None
-    if isinstance(intermediate_size, Tensor):
-        sizes = intermediate_size
-        intermediate_size = limit
-        _checks.check_widths(_WHO, "intermediate_size", sizes, cu_seqlens, limit, "neurons")
-    else:
-        _checks.check_width(_WHO, "intermediate_size", intermediate_size, limit, "neurons")
+    intermediate_size, sizes = _checks.resolve_width(
+        _WHO, "intermediate_size", intermediate_size, cu_seqlens, limit, "neurons"
+    )
     _checks.check_dropout(_WHO, "dropout_p", dropout_p, seed)
     compute = compute_name(hidden, weights.quantization)
     call = FFNCall(hidden, weights, intermediate_size, sizes, cu_seqlens, dropout_p, seed, compute)

@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dynabert_kernels.layout import PackedFFN
-from dynabert_kernels.ops._checks import check_not_compiling, check_width_values
+from dynabert_kernels.ops._checks import check_not_compiling
 from dynabert_kernels.ops._sublayer import (
     WidthGroups,
     add_norm,
     hidden_dropout,
     nested_prefixes,
+    read_widths,
     token_dtype,
 )
 from dynabert_kernels.quantization import (
@@ -39,15 +40,29 @@ def ffn(call: FFNCall) -> Tensor:
 
 def _sublayer(call: FFNCall) -> Tensor:
     weights, hidden = call.weights, call.hidden
+    widths: list[int] = []
+    offsets: list[int] = []
+    total_tokens = hidden.shape[0]
+    if call.intermediate_sizes is not None and total_tokens > 0:
+        assert call.cu_seqlens is not None
+        sizes, limit = call.intermediate_sizes, weights.intermediate_size
+        widths, offsets = read_widths(
+            "ffn", "intermediate_size", sizes, call.cu_seqlens, limit, "neurons"
+        )
+        if offsets[-1] < total_tokens:
+            hidden = hidden[: offsets[-1]]
     inputs = hidden.to(token_dtype(call.compute))
-    if call.intermediate_sizes is not None and hidden.shape[0] > 0:
-        projected = _project_by_width(call, inputs)
+    if widths and hidden.shape[0] > 0:
+        projected = _project_by_width(call, inputs, widths, offsets)
     elif call.compute == "int8":
         projected = Int8FFN.of(weights).prefix(call.intermediate_size).project(inputs)
     else:
         projected = _project(inputs, weights.prefix(call.intermediate_size))
     dropped = hidden_dropout(projected, call.dropout_p, call.seed)
-    return add_norm(dropped, hidden, weights.norm_weight, weights.norm_bias, weights.norm_eps)
+    result = add_norm(dropped, hidden, weights.norm_weight, weights.norm_bias, weights.norm_eps)
+    if hidden is call.hidden:
+        return result
+    return F.pad(result, (0, 0, 0, total_tokens - hidden.shape[0]))
 
 
 def _project(inputs: Tensor, weights: PackedFFN) -> Tensor:
@@ -108,14 +123,11 @@ class Int8FFN(NamedTuple):
         return total * self.down.scales + self.down_bias
 
 
-def _project_by_width(call: FFNCall, inputs: Tensor) -> Tensor:
-    check_not_compiling("ffn", "intermediate_size")
-    assert call.intermediate_sizes is not None and call.cu_seqlens is not None
-    widths = call.intermediate_sizes.tolist()
-    check_width_values(
-        "ffn", "intermediate_size", widths, call.weights.intermediate_size, "neurons"
-    )
-    by_width = WidthGroups(widths, call.cu_seqlens.tolist(), inputs.device)
+def _project_by_width(
+    call: FFNCall, inputs: Tensor, widths: list[int], offsets: list[int]
+) -> Tensor:
+    check_not_compiling("ffn", "intermediate_size")  # Dynamo also starts at this frame, on its own
+    by_width = WidthGroups(widths, offsets, inputs.device)
     parts = list(zip(by_width.groups, by_width.split(inputs), strict=True))
     if call.compute == "int8":
         quantized = Int8FFN.of(call.weights)

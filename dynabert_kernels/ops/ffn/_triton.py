@@ -1,73 +1,219 @@
-"""The feed-forward sublayer on Triton kernels: product with activation, product, row norm."""
+"""The feed-forward sublayer on Triton kernels: product with activation, product, row norm.
+
+Letters: T total_tokens, I neurons in use, C hidden_size.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dynabert_kernels.ops._op import Backend
+from dynabert_kernels.ops import _triton
+from dynabert_kernels.ops._op import Backend, Training
+from dynabert_kernels.ops._sublayer import token_dtype
 from dynabert_kernels.triton import availability
 
 if TYPE_CHECKING:
     from dynabert_kernels.ops.ffn import FFNCall
 
 
+class _Arguments(NamedTuple):
+    """The arguments of the op's schema."""
+
+    hidden: Tensor
+    up_weight: Tensor
+    up_bias: Tensor
+    down_weight: Tensor
+    down_bias: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+    norm_eps: float
+    activation: str
+    intermediate_size: int
+    intermediate_sizes: Tensor | None
+    cu_seqlens: Tensor | None
+    dropout_p: float
+    seed: int | None
+    compute: str
+
+    @property
+    def trained_neurons(self) -> int:
+        """Neurons that the buffers of a call with gradients hold."""
+        if self.intermediate_sizes is None:
+            return self.intermediate_size
+        return self.up_weight.shape[0]
+
+    def width(self, limit: int) -> _triton.Width:
+        """The width of this call, in buffers that hold `limit` neurons."""
+        cu_seqlens = None if self.cu_seqlens is None else self.cu_seqlens.contiguous()
+        return _triton.Width.of(limit, self.intermediate_sizes, cu_seqlens, self.hidden.shape[0])
+
+
+class _Kept(NamedTuple):
+    """What the gradient needs besides the arguments."""
+
+    pre_activation: Tensor  # [T, I]
+    total: Tensor  # [T, C], what was normalised
+    mask_seed: Tensor  # [1], int64
+
+
 def why_not(call: FFNCall) -> str | None:
     """Why the kernels cannot run this call, or None."""
+    weights = call.weights
     return availability.why_not(
         call.hidden,
-        (call.weights.up_weight, call.weights.down_weight),
-        widths=call.intermediate_sizes,
-        dropout=call.dropout_p > 0,
-        quantization=call.weights.quantization,
+        (weights.up_weight, weights.down_weight),
+        compute=token_dtype(call.compute),
+        quantization=weights.quantization,
     )
 
 
-def ffn(
-    hidden: Tensor,
-    up_weight: Tensor,
-    up_bias: Tensor,
-    down_weight: Tensor,
-    down_bias: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    norm_eps: float,
-    activation: str,
-    intermediate_size: int,
-    intermediate_sizes: Tensor | None,
-    cu_seqlens: Tensor | None,
-    dropout_p: float,
-    seed: int | None,
-    compute: str,
-) -> Tensor:
-    """Run one call that `why_not` lets through; arguments as in the op's schema."""
-    from dynabert_kernels.triton import launch
+def _inference(*arguments: Any) -> Tensor:
+    return _forward(_Arguments(*arguments), for_gradient=False)[0]
 
-    hidden = launch.with_contiguous_rows(hidden)
-    down_bias = down_bias.contiguous()
+
+def _training(*arguments: Any) -> tuple[Tensor, ...]:
+    output, kept = _forward(_Arguments(*arguments), for_gradient=True)
+    assert kept is not None
+    return (output, *kept)
+
+
+def _forward(call: _Arguments, *, for_gradient: bool) -> tuple[Tensor, _Kept | None]:
+    from dynabert_kernels.triton.launch import with_contiguous_rows
+    from dynabert_kernels.triton.launch_gemm import columns_product, rows_product
+    from dynabert_kernels.triton.launch_norm import residual_norm
+
+    hidden, down_bias = with_contiguous_rows(call.hidden), call.down_bias.contiguous()
+    neurons = call.trained_neurons if for_gradient else call.intermediate_size
+    dtype = token_dtype(call.compute)
     with torch.cuda.device_of(hidden):
-        inner = launch.linear(
-            "rows",
+        width = call.width(neurons)
+        seed = _triton.draw_seed(call.seed, hidden.device, is_used=call.dropout_p > 0)
+        dropout = _triton.dropout_of(call.dropout_p, seed)
+        product = rows_product(
+            hidden.to(dtype),
+            _triton.matrix_prefix(call.up_weight, neurons, dtype),
+            _triton.vector_prefix(call.up_bias, neurons),
+            width=width.rows,
+            activation=call.activation,
+            keep_before=for_gradient,
+        )
+        active, before = product if isinstance(product, tuple) else (product, None)
+        projected = columns_product(
+            active,
+            _triton.matrix_prefix(call.down_weight, neurons, dtype),
+            width=width.rows,
+            bias=down_bias,
+            residual=hidden,
+            dropout=dropout,
+        )
+        normed = residual_norm(
+            projected,
+            down_bias,
             hidden,
-            up_weight[:intermediate_size],
-            up_bias[:intermediate_size].contiguous(),
-            activation=activation,
+            call.norm_weight.contiguous(),
+            call.norm_bias.contiguous(),
+            call.norm_eps,
+            dropout=dropout,
+            num_tokens=width.num_tokens,
+            keep_total=for_gradient,
         )
-        projected = launch.linear(
-            "columns", inner, down_weight[:intermediate_size], down_bias, residual=hidden
+    if isinstance(normed, Tensor):
+        return normed, None
+    assert before is not None
+    return normed.out, _Kept(before, normed.total, seed)
+
+
+def _backward(gradient: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    from dynabert_kernels.triton.launch import with_contiguous_rows
+    from dynabert_kernels.triton.launch_gemm import rows_gradient
+    from dynabert_kernels.triton.launch_norm import norm_gradient
+    from dynabert_kernels.triton.weight_gradient import weight_gradient
+
+    number = len(_Kept._fields)
+    kept, call = _Kept(*others[:number]), _Arguments(*others[number:])
+    hidden, neurons = with_contiguous_rows(call.hidden), call.trained_neurons
+    dtype, limit = token_dtype(call.compute), call.up_weight.shape[0]
+    with torch.cuda.device_of(hidden):
+        width = call.width(neurons)
+        norm = norm_gradient(
+            with_contiguous_rows(gradient),
+            kept.total,
+            call.norm_weight.contiguous(),
+            call.norm_eps,
+            dropout=_triton.dropout_of(call.dropout_p, kept.mask_seed),
+            projected_dtype=dtype,
+            num_tokens=width.num_tokens,
         )
-        return launch.residual_norm(
-            projected, down_bias, hidden, norm_weight.contiguous(), norm_bias.contiguous(), norm_eps
+        up_gradient, active = rows_gradient(
+            norm.projected,
+            _triton.matrix_prefix(call.down_weight, neurons, dtype),
+            kept.pre_activation,
+            width=width.rows,
+            activation=call.activation,
         )
+        down_weight, _ = weight_gradient(
+            active,
+            norm.projected,
+            width=width.rows,
+            limit=limit,
+            dtype=call.down_weight.dtype,
+            with_bias=False,
+        )
+        up_weight, up_bias = weight_gradient(
+            up_gradient,
+            hidden.to(dtype),
+            width=width.rows,
+            limit=limit,
+            dtype=call.up_weight.dtype,
+            with_bias=True,
+        )
+        assert up_bias is not None
+        hidden_gradient = _triton.gradient_of_sum(
+            up_gradient,
+            _triton.matrix_prefix(call.up_weight, neurons, dtype),
+            width,
+            unit=1,
+            through_residual=norm.total,
+        )
+    return (
+        hidden_gradient,
+        up_weight,
+        up_bias.to(call.up_bias.dtype),
+        down_weight,
+        norm.bias.to(call.down_bias.dtype),
+        norm.norm_weight.to(call.norm_weight.dtype),
+        norm.norm_bias.to(call.norm_bias.dtype),
+    )
+
+
+def _fake_training(*arguments: Any) -> tuple[Tensor, ...]:
+    call = _Arguments(*arguments)
+    hidden, neurons, dtype = call.hidden, call.trained_neurons, token_dtype(call.compute)
+    return (
+        torch.empty_like(hidden, memory_format=torch.contiguous_format),
+        *_Kept(
+            hidden.new_empty(hidden.shape[0], neurons, dtype=dtype),
+            torch.empty_like(hidden, memory_format=torch.contiguous_format),
+            hidden.new_empty(1, dtype=torch.int64),
+        ),
+    )
 
 
 BACKEND: Backend[FFNCall] = Backend(
     "triton",
     device=availability.DEVICE,
-    run=ffn,
+    run=_inference,
     why_not=why_not,
     unavailable=availability.triton_missing,
     unproven=availability.UNPROVEN,
+    training=Training(
+        kept=_Kept._fields,
+        num_gradients=7,
+        fake=_fake_training,
+        run=_training,
+        run_backward=_backward,
+    ),
 )

@@ -1,9 +1,13 @@
-"""Runs the GPU sections one after another within a time budget and prints a short table.
+"""Measures our kernels and model on a GPU beside their peers, within a time budget.
 
-    python -m benchmarks.gpu_baseline --out DIR [--budget-s 540] [--smoke]
+    python -m benchmarks.bench_gpu --out FILE.jsonl [--budget-s 360] [--sections ...] [--smoke]
 
-Each section is a process of its own, so that a crash or a hang costs that section only. The next
+Each section is a process of its own, so that a crash or a hang costs that section only; within one,
+competitors are checked against one reference and timed in turn, sample by sample. The next
 section's process imports its libraries while the current one measures, then waits for its turn.
+A section that runs out of time sheds its last cases, and says so; so does the whole. First the
+sections that run our Triton kernels are rehearsed, all at once, so that the kernels are compiled
+when they are measured. Tables, and last the targets, are printed and kept in the work folder.
 `--smoke` runs everything at tiny sizes on the CPU.
 """
 
@@ -20,18 +24,24 @@ from pathlib import Path
 from typing import IO, Any
 
 from benchmarks.gpu_tables import summarize
-from benchmarks.records import RECORD_NAME, Deadline, Recorder, read_rows, write_machine_file
+from benchmarks.gpu_targets import report
+from benchmarks.records import Deadline, Recorder, read_rows, write_machine_file
 
 # Seconds planned per section; time a section leaves goes to those after it, and the last takes
 # whatever there is. `autotune` is last because its compile time is the least predictable.
 PLAN_S = {
-    "ceilings": 70.0,
-    "attention": 30.0,
-    "inference": 150.0,
-    "training": 110.0,
+    "ceilings": 28.0,
+    "inference": 110.0,
+    "training": 80.0,
+    "attention": 20.0,
+    "products": 50.0,
     "jax": 50.0,
     "autotune": 1e9,
 }
+DEFAULT_SECTIONS = [name for name in PLAN_S if name != "jax"]
+REHEARSED = ("inference", "training", "attention", "products")
+# Compiling takes a training step's kernels about 20 s; what is not ready then compiles in its turn.
+REHEARSAL_S = 40.0
 # A section that ignores its budget (a long compile) is ended this much later.
 GRACE_S = 25.0
 
@@ -40,7 +50,14 @@ def run_child(options: argparse.Namespace) -> None:
     """One section: import, wait for the go, measure."""
     import torch
 
-    from benchmarks import gpu_attention, gpu_ceilings, gpu_peers, gpu_training
+    from benchmarks import (
+        gpu_attention,
+        gpu_ceilings,
+        gpu_peers,
+        gpu_products,
+        gpu_timing,
+        gpu_training,
+    )
     from benchmarks.records import describe_machine
 
     print(f"[{options.child}] ready", flush=True)
@@ -48,14 +65,23 @@ def run_child(options: argparse.Namespace) -> None:
     if budget_s <= 0:
         return
     device = "cpu" if options.smoke else "cuda"
-    if options.smoke:
+    if options.rehearse:
+        gpu_timing.rehearse()
+    if options.smoke or options.rehearse:
         torch.set_num_threads(1)
-    recorder = Recorder(options.out, describe_machine(device), options.commit)
+    recorder = Recorder(
+        options.out.parent,
+        describe_machine(device),
+        options.commit,
+        name=options.out.name,
+        process=options.child,
+    )
     sections: dict[str, Any] = {
         "ceilings": gpu_ceilings.run,
-        "attention": gpu_attention.run,
         "inference": gpu_peers.run_inference,
         "training": gpu_training.run,
+        "attention": gpu_attention.run,
+        "products": gpu_products.run,
         "autotune": gpu_peers.run_autotuned,
     }
     more = {"exchange": options.exchange} if options.child == "inference" else {}
@@ -73,10 +99,14 @@ class Children:
         self.options, self.scratch, self.log = options, scratch, log
         self.started: dict[str, subprocess.Popen[str]] = {}
 
-    def start(self, name: str) -> None:
-        """Start a section's process; it waits for `go` (JAX's starts measuring at once)."""
+    def start(self, name: str, *, rehearse: bool = False) -> None:
+        """Start a section's process; it waits for `go` (JAX's starts measuring at once).
+
+        A rehearsal's rows go to the scratch folder.
+        """
         if name in self.started:
             return
+        out = self.scratch / "rehearsal.jsonl" if rehearse else self.options.out
         settings = [
             "HF_HUB_OFFLINE=1",
             "TOKENIZERS_PARALLELISM=false",
@@ -85,8 +115,9 @@ class Children:
             f"TRITON_CACHE_DIR={self.scratch / 'triton'}",
             "XLA_PYTHON_CLIENT_PREALLOCATE=false",
         ]
-        module = "benchmarks.jax_peer" if name == "jax" else "benchmarks.gpu_baseline"
-        command = ["env", *settings, sys.executable, "-m", module, "--out", str(self.options.out)]
+        module = "benchmarks.jax_peer" if name == "jax" else "benchmarks.bench_gpu"
+        command = ["env", *settings, sys.executable, "-m", module, "--out", str(out)]
+        command += ["--rehearse"] if rehearse else []
         command += ["--exchange", str(self.scratch / "exchange.npz")]
         command += ["--smoke"] if self.options.smoke else []
         command += ["--commit", self.options.commit] if self.options.commit else []
@@ -104,6 +135,11 @@ class Children:
 
     def go(self, name: str, budget_s: float, limit_s: float) -> str:
         """Let a section run; returns how it ended in words."""
+        self.let_go(name, budget_s)
+        return self.wait(name, limit_s)
+
+    def let_go(self, name: str, budget_s: float) -> None:
+        """Let a section run."""
         process = self.started[name]
         assert process.stdin is not None
         try:
@@ -111,8 +147,11 @@ class Children:
             process.stdin.close()
         except OSError:
             pass
+
+    def wait(self, name: str, limit_s: float) -> str:
+        """Wait until a section is done or ended; returns how it ended in words."""
         try:
-            code = process.wait(timeout=limit_s)
+            code = self.started[name].wait(timeout=limit_s)
         except subprocess.TimeoutExpired:
             self.end(name)
             return f"ended after {limit_s:.0f} s"
@@ -126,6 +165,24 @@ class Children:
             process.wait()
 
 
+def rehearse(options: argparse.Namespace, scratch: Path, log: IO[str]) -> str:
+    """Compile our kernels: the sections once, all at the same time, timing nothing."""
+    deadline = Deadline(REHEARSAL_S)
+    children = Children(options, scratch, log)
+    names = [name for name in REHEARSED if name in options.sections]
+    try:
+        for name in names:
+            children.start(name, rehearse=True)
+        for name in names:
+            children.let_go(name, REHEARSAL_S)
+        for name in names:
+            children.wait(name, max(deadline.left_s(), 0.0))
+    finally:
+        for name in names:
+            children.end(name)
+    return f"rehearsal: {deadline.spent_s():.0f} s"
+
+
 def run_sections(options: argparse.Namespace, scratch: Path, log: IO[str]) -> list[str]:
     """Run the chosen sections within the budget; returns one line per section."""
     deadline = Deadline(options.budget_s)
@@ -133,6 +190,11 @@ def run_sections(options: argparse.Namespace, scratch: Path, log: IO[str]) -> li
     names = [name for name in PLAN_S if name in options.sections]
     lines = []
     try:
+        if names and names[0] != "jax":
+            children.start(names[0])
+        if not options.no_rehearsal and set(names) & set(REHEARSED):
+            lines.append(rehearse(options, scratch, log))
+            print(lines[-1], flush=True)
         for index, name in enumerate(names):
             left = deadline.left_s() - 8
             budget = min(PLAN_S[name], left - GRACE_S / 2)
@@ -141,10 +203,10 @@ def run_sections(options: argparse.Namespace, scratch: Path, log: IO[str]) -> li
                 continue
             begun = deadline.spent_s()
             children.start(name)
-            if index + 1 < len(names) and names[index + 1] != "jax":
-                children.start(names[index + 1])
-            elif index + 2 < len(names) and names[index + 1] == "jax":
-                children.start(names[index + 2])
+            # JAX measures as soon as it is started.
+            following = [other for other in names[index + 1 :] if other != "jax"]
+            for other in following[:1]:
+                children.start(other)
             outcome = children.go(name, budget, min(budget + GRACE_S, left))
             lines.append(f"{name}: {outcome}, {deadline.spent_s() - begun:.0f} s")
             print(lines[-1], flush=True)
@@ -157,15 +219,20 @@ def run_sections(options: argparse.Namespace, scratch: Path, log: IO[str]) -> li
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--budget-s", type=float, default=540.0)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "gpu.jsonl")
+    parser.add_argument(
+        "--work-dir", type=Path, default=Path("build/bench-gpu"), help="log, tables, machine report"
+    )
+    parser.add_argument("--budget-s", type=float, default=360.0)
     parser.add_argument("--commit", default=None, help="recorded where the tree has no git")
-    parser.add_argument("--sections", nargs="+", choices=list(PLAN_S), default=list(PLAN_S))
+    parser.add_argument("--sections", nargs="+", choices=list(PLAN_S), default=DEFAULT_SECTIONS)
+    parser.add_argument("--no-rehearsal", action="store_true", help="compile when measuring")
+    parser.add_argument("--rehearse", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--smoke", action="store_true", help="tiny sizes on the CPU")
     parser.add_argument("--child", choices=list(PLAN_S), help=argparse.SUPPRESS)
     parser.add_argument("--exchange", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    options.out = options.out.resolve()
+    options.out, options.work_dir = options.out.resolve(), options.work_dir.resolve()
     return options
 
 
@@ -175,17 +242,17 @@ def main(arguments: list[str] | None = None) -> None:
     if options.child is not None:
         run_child(options)
         return
-    options.out.mkdir(parents=True, exist_ok=True)
-    already = len(read_rows(options.out / RECORD_NAME))
-    write_machine_file(options.out)
+    options.work_dir.mkdir(parents=True, exist_ok=True)
+    already = len(read_rows(options.out))
+    write_machine_file(options.work_dir)
     with (
-        tempfile.TemporaryDirectory(prefix="gpu_baseline_") as scratch,
-        (options.out / "log.txt").open("a", encoding="utf-8") as log,
+        tempfile.TemporaryDirectory(prefix="bench_gpu_") as scratch,
+        (options.work_dir / "log.txt").open("a", encoding="utf-8") as log,
     ):
         lines = run_sections(options, Path(scratch), log)
-    rows = read_rows(options.out / RECORD_NAME)[already:]
-    summary = summarize(rows) + "\n" + "; ".join(lines)
-    (options.out / "summary.txt").write_text(summary + "\n", encoding="utf-8")
+    rows = read_rows(options.out)[already:]
+    summary = "\n\n".join([summarize(rows), "; ".join(lines), report(rows)])
+    (options.work_dir / "summary.txt").write_text(summary + "\n", encoding="utf-8")
     print(summary)
 
 
