@@ -24,6 +24,7 @@ BENCH_GPU ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CUDA := $(shell find csrc -name '*.cu' -o -name '*.cuh')
 TESTS := $(BIN)/python -m pytest
 ASAN := build/asan
 # The interpreter is not sanitised, so the libraries have to come first; and it never frees all.
@@ -36,7 +37,7 @@ PINNED := $(VENV)/.pinned
 INSTALLED := $(VENV)/.installed
 PEERS_PINNED := $(VENV_PEERS)/.pinned
 
-.PHONY: help setup demo test test-long test-gpu asan bench-cpu bench-gpu lint type format clean
+.PHONY: help setup demo test test-long test-gpu sanitize-gpu asan bench-cpu bench-gpu bench-cuda lint type format clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -57,6 +58,10 @@ test-gpu: $(INSTALLED)  ## the tests that need a GPU, and the Triton kernels' on
 	$(TESTS) -m gpu
 	$(TESTS) -m "not slow and not gpu" -k triton --ignore tests/kernels/test_triton_aot.py \
 	  tests/kernels
+
+# Needs neither torch nor the environment: nvcc, compute-sanitizer and a card.
+sanitize-gpu:  ## the CUDA C++ kernels' test programs under compute-sanitizer, on a card: 9 minutes
+	bash csrc/cuda/tests/sanitize.sh build/sanitize-gpu
 
 # A build of its own, beside the environment's; python makes sure that it is loaded. A report ends the
 # process, and -s lets it out.
@@ -79,10 +84,13 @@ bench-cpu: $(INSTALLED) $(PEERS_PINNED)  ## CPU latency against other runtimes: 
 bench-gpu: $(INSTALLED)  ## kernels, inference and training on a GPU against their peers: 6 minutes
 	$(BIN)/python -m benchmarks.bench_gpu --out benchmarks/results/gpu.jsonl $(BENCH_GPU)
 
+bench-cuda: $(INSTALLED)  ## the CUDA C++ kernels on a Hopper card, built by nvcc: half a minute
+	$(BIN)/python -m benchmarks.gpu_cuda
+
 lint: $(INSTALLED)  ## ruff, clang-format and the project's own rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(CSRC)
+	$(BIN)/clang-format --dry-run --Werror $(CSRC) $(CUDA)
 	$(TESTS) -q tests/test_layering.py
 
 type: $(INSTALLED)  ## mypy --strict on both packages
@@ -91,7 +99,7 @@ type: $(INSTALLED)  ## mypy --strict on both packages
 format: $(INSTALLED)  ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CSRC)
+	$(BIN)/clang-format -i $(CSRC) $(CUDA)
 
 clean:  ## remove build products and caches; the virtual environment stays
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

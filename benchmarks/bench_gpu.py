@@ -39,6 +39,10 @@ PLAN_S = {
     "autotune": 1e9,
 }
 DEFAULT_SECTIONS = [name for name in PLAN_S if name != "jax"]
+# Sections that a second process can continue where one lost the device; the others start again
+# without ours.
+BY_STEPS = ("inference", "autotune")
+LOST = 3
 REHEARSED = ("inference", "training", "attention", "products")
 # Compiling takes a training step's kernels about 20 s; what is not ready then compiles in its turn.
 REHEARSAL_S = 40.0
@@ -84,12 +88,20 @@ def run_child(options: argparse.Namespace) -> None:
         "products": gpu_products.run,
         "autotune": gpu_peers.run_autotuned,
     }
-    more = {"exchange": options.exchange} if options.child == "inference" else {}
+    more: dict[str, Any] = {}
+    if options.child == "inference":
+        more["exchange"] = options.exchange
+    if options.child in BY_STEPS:
+        more["begun"] = options.begun
+    elif options.take_over and options.child != "ceilings":
+        more["with_ours"] = False
     try:
         sections[options.child](recorder, device, budget_s=budget_s, smoke=options.smoke, **more)
     except Exception as error:
         recorder.add(options.child, "section", error=f"{type(error).__name__}: {error}")
         traceback.print_exc()
+    if gpu_timing.is_lost(device):
+        os._exit(LOST)  # an orderly exit would wait for the device
 
 
 class Children:
@@ -99,7 +111,7 @@ class Children:
         self.options, self.scratch, self.log = options, scratch, log
         self.started: dict[str, subprocess.Popen[str]] = {}
 
-    def start(self, name: str, *, rehearse: bool = False) -> None:
+    def start(self, name: str, *, rehearse: bool = False, take_over: bool = False) -> None:
         """Start a section's process; it waits for `go` (JAX's starts measuring at once).
 
         A rehearsal's rows go to the scratch folder.
@@ -118,6 +130,9 @@ class Children:
         module = "benchmarks.jax_peer" if name == "jax" else "benchmarks.bench_gpu"
         command = ["env", *settings, sys.executable, "-m", module, "--out", str(out)]
         command += ["--rehearse"] if rehearse else []
+        command += ["--take-over"] if take_over else []
+        if name in BY_STEPS and not rehearse:
+            command += ["--begun", str(self.scratch / f"{name}.begun")]
         command += ["--exchange", str(self.scratch / "exchange.npz")]
         command += ["--smoke"] if self.options.smoke else []
         command += ["--commit", self.options.commit] if self.options.commit else []
@@ -208,6 +223,12 @@ def run_sections(options: argparse.Namespace, scratch: Path, log: IO[str]) -> li
             for other in following[:1]:
                 children.start(other)
             outcome = children.go(name, budget, min(budget + GRACE_S, left))
+            rest = budget - (deadline.spent_s() - begun)
+            if outcome == f"exit code {LOST}" and rest > 10:
+                del children.started[name]
+                children.start(name, take_over=True)
+                again = children.go(name, rest, min(rest + GRACE_S, deadline.left_s() - 8))
+                outcome = f"lost the device, then {again}"
             lines.append(f"{name}: {outcome}, {deadline.spent_s() - begun:.0f} s")
             print(lines[-1], flush=True)
     finally:
@@ -228,6 +249,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sections", nargs="+", choices=list(PLAN_S), default=DEFAULT_SECTIONS)
     parser.add_argument("--no-rehearsal", action="store_true", help="compile when measuring")
     parser.add_argument("--rehearse", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--take-over", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--begun", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--smoke", action="store_true", help="tiny sizes on the CPU")
     parser.add_argument("--child", choices=list(PLAN_S), help=argparse.SUPPRESS)
     parser.add_argument("--exchange", type=Path, help=argparse.SUPPRESS)

@@ -315,10 +315,12 @@ def measure_ragged(
         )
 
 
-def run(recorder: Recorder, device: str, *, budget_s: float, smoke: bool) -> None:
+def run(
+    recorder: Recorder, device: str, *, budget_s: float, smoke: bool, with_ours: bool = True
+) -> None:
     """Section C within `budget_s` seconds."""
     deadline = Deadline(budget_s)
-    with_ours = device == "cuda"
+    with_ours = with_ours and device == "cuda"
     heat_up(device)
     geometry = TINY if smoke else BASE
     lengths = (8, 16) if smoke else (128, 256, 512)

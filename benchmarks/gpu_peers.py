@@ -38,6 +38,7 @@ from benchmarks.gpu_timing import (
     L2Flush,
     Variant,
     heat_up,
+    is_lost,
     is_rehearsal,
     measure,
     measure_host,
@@ -339,9 +340,15 @@ def hundred_batches(
 
 
 def run_inference(
-    recorder: Recorder, device: str, *, budget_s: float, smoke: bool, exchange: Path | None = None
+    recorder: Recorder,
+    device: str,
+    *,
+    budget_s: float,
+    smoke: bool,
+    exchange: Path | None = None,
+    begun: Path | None = None,
 ) -> None:
-    """P1, P2b, P4 and ours: every protocol, most wanted first."""
+    """P1, P2b, P4 and ours: every protocol, most wanted first; `begun` as for `run_steps`."""
     with torch.inference_mode():
         bench = Bench(recorder, device, budget_s=budget_s, smoke=smoke)
         heat_up(device)
@@ -357,33 +364,43 @@ def run_inference(
         model = our_model(bench.model, bench.geometry, bench.dtype)
         graph, plain, fixed = OursGraph(model), OursEager(model), OursGraphPerWidth(model)
 
-        def large(subnet: Subnet, *more: Peer) -> None:
-            bench.compare_large([hf, default, graph, plain, *more], subnet, bench.big)
+        def large(subnet: Subnet) -> None:
+            bench.compare_large([hf, default, graph, plain], subnet, bench.big)
 
-        def single(subnet: Subnet, *more: Peer) -> None:
-            bench.compare_single([hf, default, graph, plain, *more], subnet)
+        def single(subnet: Subnet) -> None:
+            bench.compare_single([hf, default, graph, plain], subnet)
+
+        def elastic(subnet: Subnet) -> None:
+            bench.compare_large([graph, fixed], subnet, bench.big)
+            bench.compare_single([graph, fixed], subnet)
 
         full, narrow = bench.subnet(1.0, 1.0), bench.subnet(0.25, 1.0)
         ours: list[Peer] = [graph, plain]
         short = partial(bench.compare_ragged, ragged=ragged, ours=ours)
         steps: list[tuple[str, Callable[[], None]]] = [
-            ("large full", partial(large, full, fixed)),
-            ("large narrow", partial(large, narrow, fixed)),
+            ("large full", partial(large, full)),
+            ("large narrow", partial(large, narrow)),
             ("mixed", partial(bench.mixed_widths, default, graph)),
             ("short texts full", partial(short, [hf, default], subnet=full)),
-            ("single full", partial(single, full, fixed)),
-            ("single narrow", partial(single, narrow, fixed)),
+            ("single full", partial(single, full)),
+            ("single narrow", partial(single, narrow)),
         ]
         for width, depth in SUBNETS:
             subnet = bench.subnet(width, depth)
             if subnet not in (full, narrow):
                 steps.append((f"large {subnet.name}", partial(large, subnet)))
                 steps.append((f"single {subnet.name}", partial(single, subnet)))
-        steps.append(("short texts narrow", partial(short, [default], subnet=narrow)))
-        run_steps(bench, steps)
+        steps += [
+            ("short texts narrow", partial(short, [default], subnet=narrow)),
+            ("elastic full", partial(elastic, full)),
+            ("elastic narrow", partial(elastic, narrow)),
+        ]
+        run_steps(bench, steps, begun)
 
 
-def run_autotuned(recorder: Recorder, device: str, *, budget_s: float, smoke: bool) -> None:
+def run_autotuned(
+    recorder: Recorder, device: str, *, budget_s: float, smoke: bool, begun: Path | None = None
+) -> None:
     """P2 (max-autotune) against P2b and ours, as far as the compile time allows."""
     with torch.inference_mode():
         bench = Bench(recorder, device, budget_s=budget_s, smoke=smoke)
@@ -412,12 +429,26 @@ def run_autotuned(recorder: Recorder, device: str, *, budget_s: float, smoke: bo
         tma = CompiledLayers(bench.model, bench.dtype, layer, "P2 max-autotune tma graph")
         full = bench.subnet(1.0, 1.0)
         steps.append(("large tma", partial(bench.compare_large, [*peers, tma], full, bench.big)))
-        run_steps(bench, steps)
+        run_steps(bench, steps, begun)
 
 
-def run_steps(bench: Bench, steps: list[tuple[str, Callable[[], None]]]) -> None:
-    """Run the steps in order; those the deadline leaves no time for are recorded as shed."""
+def run_steps(
+    bench: Bench, steps: list[tuple[str, Callable[[], None]]], begun: Path | None = None
+) -> None:
+    """Run the steps in order; those the deadline leaves no time for are recorded as shed.
+
+    Each is noted in the file `begun`, and left out if it is there already: a process that takes
+    over from one that lost its device goes on after the step that cost it.
+    """
+    done = set(begun.read_text().splitlines()) if begun is not None and begun.exists() else set()
     for name, step in steps:
+        if name in done:
+            continue
+        if is_lost(bench.device):
+            return
+        if begun is not None:
+            with begun.open("a") as file:
+                file.write(f"{name}\n")
         if bench.deadline.left_s() < 0:
             bench.recorder.add(SECTION, name, error="shed: no time left")
             continue

@@ -193,14 +193,14 @@ class Sweep:
 
 
 def run(
-    recorder: Recorder, device: str, *, budget_s: float, smoke: bool, with_ours: bool | None = None
+    recorder: Recorder, device: str, *, budget_s: float, smoke: bool, with_ours: bool = True
 ) -> None:
     """Section F within `budget_s` seconds, what matters most first."""
     deadline = Deadline(budget_s)
     heat_up(device)
     base, large = (TINY, TINY) if smoke else (BASE, LARGE)
     tokens = 16 if smoke else 16384
-    with_ours = device == "cuda" if with_ours is None else with_ours
+    with_ours = with_ours and device == "cuda"
     sweep = Sweep(recorder, device, tokens=tokens, with_ours=with_ours)
     by_kind = {case.kind: case for case in CASES}
     work: list[tuple[str, Callable[[], None]]] = []

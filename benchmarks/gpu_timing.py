@@ -49,6 +49,7 @@ class Variant:
         calls: Calls of the measured function in one `run`.
         output: What the last call returned; a graph's static output.
         graph: The captured graph, kept alive with the variant; None when run eagerly.
+        kept: What the graph reads and nothing else may keep alive: the calls with their tensors.
         notes: "graph", or why it is not one.
         backlog_ms: Least backlog of a sample: one that launches from the host needs more.
     """
@@ -57,6 +58,7 @@ class Variant:
     calls: int = 1
     output: Any = None
     graph: Any = None
+    kept: Any = None
     notes: str = ""
     backlog_ms: float = 0.0
 
@@ -122,7 +124,7 @@ def graphed(calls: Sequence[Callable[[], Any]], device: str, *, fall_back: bool 
         variant = eager(calls)
         variant.notes = f"eager: no graph: {type(error).__name__}: {error}"[:200]
         return variant
-    return Variant(graph.replay, len(calls), output, graph, notes="graph")
+    return Variant(graph.replay, len(calls), output, graph, tuple(calls), notes="graph")
 
 
 def _open_pool() -> None:
@@ -139,6 +141,17 @@ def _open_pool() -> None:
         graph.capture_end()
     torch.cuda.synchronize()
     _pools["anchor"] = (graph, x, kept)
+
+
+def is_lost(device: str) -> bool:
+    """Whether an error has left this process without a usable device."""
+    if device != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 class L2Flush:

@@ -335,7 +335,9 @@ def capture_step(
     return {}
 
 
-def run(recorder: Recorder, device: str, *, budget_s: float, smoke: bool) -> None:
+def run(
+    recorder: Recorder, device: str, *, budget_s: float, smoke: bool, with_ours: bool = True
+) -> None:
     """Section E within `budget_s` seconds."""
     deadline = Deadline(budget_s)
     trainer = Trainer(device, smoke=smoke)
@@ -347,7 +349,7 @@ def run(recorder: Recorder, device: str, *, budget_s: float, smoke: bool) -> Non
             recorder.add(SECTION, "check", error=message, subnet=f"w{width:g}")
             return
         recorder.add(SECTION, "check", rel_err=wrong, subnet=f"w{width:g}-d0.5")
-    ours = checked_ours(recorder, trainer)
+    ours = checked_ours(recorder, trainer) if with_ours else None
     stages = ("width_stage", "depth_stage")
     steps: dict[str, dict[str, Any]] = {
         stage: {"sliced eager": partial(trainer.step, stage)} for stage in stages

@@ -10,6 +10,7 @@ from dynabert_kernels.ops import use_backend
 from dynabert_kernels.ops.attention import attention
 from dynabert_kernels.ops.ffn import ffn
 from dynabert_kernels.prepared import clear_prepared, invalidate, prepared_bytes
+from dynabert_kernels.triton.availability import triton_compilations
 
 try:
     __version__ = version("dynabert-kernels")
@@ -24,5 +25,6 @@ __all__ = [
     "ffn",
     "invalidate",
     "prepared_bytes",
+    "triton_compilations",
     "use_backend",
 ]

@@ -9,12 +9,14 @@ import importlib.metadata
 import os
 import platform
 import shutil
+from collections import Counter
 from typing import Any
 
 import torch
 
 from dynabert_kernels import _extension
-from dynabert_kernels.ops import OPS, Op, forced_backend
+from dynabert_kernels.ops import OPS, Op, _trust, forced_backend
+from dynabert_kernels.triton import availability, proof
 
 _PACKAGES = ("dynabert-kernels", "torch", "transformers", "triton")
 
@@ -32,7 +34,9 @@ def doctor_report() -> dict[str, Any]:
     Returns:
         Plain JSON values. ``ops[op][backend]`` is None if calls run on the backend here without
         being told to, else the reason why not; ``extension["reason"]`` and ``gpu["reason"]`` are
-        None where there is one to use.
+        None where there is one to use. ``triton["proven"]`` lists the recorded proofs of its
+        kernels, and ``triton["cards"]`` how each path stands on each card here: ``"proven"``,
+        ``"checked in this process"``, None where its first call checks it, or how it differs.
     """
     return {
         "versions": {"python": platform.python_version()} | {p: _version(p) for p in _PACKAGES},
@@ -41,6 +45,7 @@ def doctor_report() -> dict[str, Any]:
         "gpu": _gpu(),
         "forced_backend": forced_backend(),
         "ops": {name: _backends(op) for name, op in OPS.items()},
+        "triton": _triton(),
     }
 
 
@@ -92,6 +97,23 @@ def _gpu() -> dict[str, Any]:
     return {"reason": reason, "devices": devices, "nvcc": shutil.which("nvcc")}
 
 
+def _triton() -> dict[str, Any]:
+    cards: dict[str, dict[str, str | None]] = {}
+    if availability.triton_missing() is None and _gpu()["reason"] is None:
+        for index in range(torch.cuda.device_count()):
+            device = torch.device("cuda", index)
+            capability = proof.capability(device)
+            if capability is not None and torch.cuda.get_device_capability(device) >= (8, 0):
+                cards[capability] = {
+                    str(path): _trust.known(path) for path in proof.all_paths(capability)
+                }
+    return {
+        "compilations": availability.triton_compilations(),
+        "proven": [proof.as_entry(known) for known in proof.proofs()],
+        "cards": cards,
+    }
+
+
 def _backends(op: Op[Any]) -> dict[str, str | None]:
     table: dict[str, str | None] = dict(_NOT_RELEASED)
     for backend in op.backends:
@@ -131,7 +153,28 @@ def format_report(report: dict[str, Any]) -> str:
         for backend, reason in backends.items():
             runs = "yes" if reason is None else "no"
             lines.append(f"{op:<11}{backend:<11}{runs:<6}{reason or ''}".rstrip())
+    lines += ["", *_triton_lines(report["triton"])]
     return "\n".join(lines)
+
+
+def _triton_lines(triton: dict[str, Any]) -> list[str]:
+    where = "{card} ({capability}), triton {triton}, torch {torch}, {date}"
+    proven = Counter(where.format(**entry) for entry in triton["proven"])
+    found = [f"{count} paths proven on {card}" for card, count in proven.items()]
+    for capability, paths in triton["cards"].items():
+        waiting = [path for path, standing in paths.items() if standing is None]
+        good = len(paths) - len(waiting) - len(_differing(paths))
+        found.append(f"on {capability} here: {good} of {len(paths)} paths proven or checked")
+        if waiting:
+            kinds = Counter(path.partition(" in ")[0] for path in waiting)
+            listed = ", ".join(f"{kind} ({count})" for kind, count in kinds.items())
+            found.append(f"check themselves at their first call: {listed}")
+        found += [f"not used: {standing}" for standing in _differing(paths)]
+    return [f"triton     {line}" for line in found or ["no path is proven on any card yet"]]
+
+
+def _differing(paths: dict[str, str | None]) -> list[str]:
+    return [s for s in paths.values() if s is not None and s not in _trust.GOOD]
 
 
 def _extension_lines(extension: dict[str, Any]) -> list[str]:

@@ -83,7 +83,8 @@ def _normal(seed: int, dtype: torch.dtype, device: torch.device | str) -> Callab
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int, scale: float) -> Tensor:
-        return (torch.randn(*shape, generator=generator) * scale).to(device, dtype)
+        numbers = torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")
+        return (numbers * scale).to(device, dtype)
 
     return draw
 

@@ -165,6 +165,7 @@ def test_wheel_without_extension_is_pure_and_imports(tree: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert "dynabert/subnet.py" in names
     assert {"dynabert/py.typed", "dynabert_kernels/py.typed"} <= set(names)
+    assert "dynabert_kernels/triton/proven.json" in names
     assert not [name for name in names if name.endswith((".so", ".cpp"))]
 
 
@@ -196,12 +197,14 @@ def test_wheel_with_extension_loads_it(tree: Path) -> None:
 
 
 @pytest.mark.slow
-def test_sdist_carries_the_headers(tree: Path) -> None:
+def test_sdist_carries_headers_and_cuda_sources(tree: Path) -> None:
     sdist, _ = build(tree, "sdist", DYNABERT_NO_EXTENSION="1")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    headers = {p.relative_to(CHECKOUT).as_posix() for p in (CHECKOUT / "csrc").rglob("*.h")}
-    assert headers
-    assert headers <= names
+    for suffix in ("h", "cu", "cuh", "sh"):
+        sources = (CHECKOUT / "csrc").rglob(f"*.{suffix}")
+        expected = {path.relative_to(CHECKOUT).as_posix() for path in sources}
+        assert expected
+        assert expected <= names
     assert {"setup.py", "csrc/registration_cpu.cpp", "requirements/dev.txt", "LICENSE"} <= names
     assert not [name for name in names if name.endswith((".so", ".pyc", "_build_record.json"))]

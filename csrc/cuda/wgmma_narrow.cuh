@@ -1,6 +1,6 @@
 // Warpgroup products of narrow tiles (sm_90a): D[64, N] += A[64, 16] @ B[16, N], N = 8 .. 128.
 //
-// Few tokens leave each SM a slice of the weights whose width follows the sub-network's, so every
+// Few tokens leave each SM a slice of the weights whose width follows the subnet's, so every
 // multiple of 8 is here. Registers of D as in wgmma.cuh.
 
 #pragma once

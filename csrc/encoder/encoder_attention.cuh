@@ -23,8 +23,8 @@ __device__ __forceinline__ void attend(const Parameters& p, int num_heads, const
                                        int num_tiles, char* shared) {
   constexpr int kPieces = kHeadDim / 8;  // 16-byte pieces of a row
   constexpr int kStride = kHeadDim + 8;  // floats between rows of partial outputs
-  constexpr int kRegion =
-      16 * kStride * 4;  // bytes of a warp: two tiles of values, then its output
+  // Bytes of a warp: two tiles of values, then its output.
+  constexpr int kRegion = 16 * kStride * 4;
   constexpr int kValueTile = 16 * kHeadDim * 2;
   const int groups = query_groups(p.tokens);
   const int warps = kLoaderWarps / groups;  // that share a group's keys

@@ -68,8 +68,9 @@ __global__ void __launch_bounds__(kThreads, 1) encoder_kernel(const Parameters p
   auto buffer_of = [&](int index) { return shared_address(shared + p.shared.weights[index & 1]); };
   auto norm_of = [&](int index) { return shared_address(shared + p.shared.norm[index & 1]); };
   auto prefetch = [&](int index) {
-    if (index < 4 * kept)
+    if (index < 4 * kept) {
       prefetch_weights(steps[index], buffer_of(index), norm_of(index), p.shared.norm_depth);
+    }
   };
 
   // 168 registers a thread at launch; accumulators need fewer, loads in flight more.
@@ -215,14 +216,13 @@ std::size_t place_workspace(const EncoderShape& shape, void* base, Workspace* wo
   return used;
 }
 
+// Heads of 128 would not fit: queries, keys and sums of a warp exceed the registers of a thread.
 const void* kernel_for(int head_dim) {
   switch (head_dim) {
     case 32:
       return reinterpret_cast<const void*>(&encoder_kernel<32>);
     case 64:
       return reinterpret_cast<const void*>(&encoder_kernel<64>);
-    case 128:
-      return reinterpret_cast<const void*>(&encoder_kernel<128>);
   }
   return nullptr;
 }
@@ -262,9 +262,8 @@ cudaLaunchConfig_t launch_config(int blocks, int shared_bytes, cudaStream_t stre
 // multiprocessors, and groups differ in size: 132 of them hold 15 or 16. Asked for once per device.
 int resident_clusters(const void* kernel, int device, int head_dim, int shared_limit) {
   constexpr int kDevices = 64;
-  static std::atomic<int> known[kDevices][3] = {};
-  std::atomic<int>* entry =
-      device < kDevices ? &known[device][head_dim == 32 ? 0 : (head_dim == 64 ? 1 : 2)] : nullptr;
+  static std::atomic<int> known[kDevices][2] = {};
+  std::atomic<int>* entry = device < kDevices ? &known[device][head_dim / 64] : nullptr;
   int clusters = entry != nullptr ? entry->load(std::memory_order_relaxed) : 0;
   if (clusters > 0) return clusters;
   cudaLaunchAttribute attributes[2] = {};
@@ -283,16 +282,18 @@ int resident_clusters(const void* kernel, int device, int head_dim, int shared_l
 
 // Fills `plan`; returns why the shape cannot run on the current device, or null.
 const char* plan_launch(const EncoderShape& shape, LaunchPlan* plan) {
-  if (shape.tokens < 1 || shape.tokens > kMaxTokens) return "more than 512 tokens";
-  if (shape.sequences < 1 || shape.sequences > shape.tokens) return "an empty sequence";
-  if (shape.layers < 0 || shape.layers > kMaxLayers) return "more than 48 layers";
+  if (shape.tokens < 1 || shape.tokens > kMaxTokens) return "tokens are not from 1 to 512";
+  if (shape.sequences < 1 || shape.sequences > shape.tokens) {
+    return "sequences are not from 1 to the number of tokens";
+  }
+  if (shape.layers < 0 || shape.layers > kMaxLayers) return "layers are not from 0 to 48";
   if (shape.hidden_size < 128 || shape.hidden_size > kMaxHiddenSize || shape.hidden_size % 128) {
     return "hidden_size is no multiple of 128 up to 1024";
   }
   plan->kernel = kernel_for(shape.head_dim);
-  if (plan->kernel == nullptr) return "head_dim is not 32, 64 or 128";
+  if (plan->kernel == nullptr) return "head_dim is not 32 or 64";
   if (shape.max_heads < 1 || shape.max_heads * shape.head_dim > kMaxHiddenSize) {
-    return "more heads than 1024 / head_dim";
+    return "heads are not from 1 to 1024 / head_dim";
   }
   if (shape.max_intermediate < 16 || shape.max_intermediate > 4096 || shape.max_intermediate % 16) {
     return "intermediate_size is no multiple of 16 up to 4096";

@@ -15,7 +15,7 @@ struct EncoderShape {
   int sequences;         // at least 1, each of at least one token
   int layers;            // entries of the layer list, at most 48
   int hidden_size;       // a multiple of 128, at most 1024
-  int head_dim;          // 32, 64 or 128
+  int head_dim;          // 32 or 64
   int max_heads;         // of any layer; max_heads * head_dim at most 1024
   int max_intermediate;  // of any layer, a multiple of 16, at most 4096
 };
@@ -45,10 +45,11 @@ struct EncoderCall {
   const std::int32_t* cu_seqlens;  // [sequences + 1], from 0 to tokens
   const EncoderLayer* weights;     // of all layers of the model
   const std::int32_t* num_kept;    // [1], 0 .. shape.layers; 0 copies
-  const std::int32_t*
-      layer_list;  // [shape.layers], indices into `weights`; the first num_kept count
-  const std::int32_t* num_heads;          // [shape.layers], of each kept layer, 1 .. max_heads
-  const std::int32_t* intermediate_size;  // [shape.layers], 16 .. max_intermediate, multiples of 16
+  // Indices into `weights`, heads (1 .. max_heads) and neurons (16 .. max_intermediate, multiples
+  // of 16) of each kept layer, all [shape.layers]; the first num_kept count.
+  const std::int32_t* layer_list;
+  const std::int32_t* num_heads;
+  const std::int32_t* intermediate_size;
   float norm_eps;
   void* workspace;  // encoder_workspace_bytes() bytes, 256-byte aligned
 };

@@ -97,8 +97,8 @@ struct Step {
 };
 
 // Starts the copy of this block's slice of the weights, and of the LayerNorm parameters that its
-// activations need; the 128 threads of the first warpgroup. A
-// last block of less than 64 K values is filled with zeros, here and in the activations.
+// activations need; the 128 threads of the first warpgroup. A last block of less than 64 K values
+// is filled with zeros, here and in the activations.
 __device__ __forceinline__ void prefetch_weights(const Step& step, std::uint32_t buffer,
                                                  std::uint32_t norm, int norm_depth) {
   const ProductArgs& a = step.args;
@@ -106,8 +106,8 @@ __device__ __forceinline__ void prefetch_weights(const Step& step, std::uint32_t
   const BlockTask& task = step.task;
   const int column_begin = task.slice * plan.columns;
   if (task.active && ends_in_norm(a.product)) {
-    // [K, N] in blocks of 16 columns: rows of 32 bytes, 16-byte piece c of row r at c ^ (r / 4)
-    // % 2.
+    // [K, N] in blocks of 16 columns: rows of 32 bytes, 16-byte piece c of row r at
+    // c ^ (r / 4) % 2.
     const int piece = threadIdx.x % 2;
     const int depth = round_up(task.depth, kTileDepth);
     for (int block = 0; block < plan.columns / 16; ++block) {

@@ -10,8 +10,7 @@
 //      columns ->   slice 0   slice 1   slice 2  ...        group = team * slices + slice
 //      rows 0..63    team 0    team 0    team 0
 //      rows 64..127  team 1    team 1    team 1             with teams == 2: the tiles 0, 2, 4, ...
-//      rows 128..    team 0    ...                          belong to team 0, 1, 3, 5, ... to team
-//      1
+//      rows 128..    team 0    ...                          belong to team 0, the others to team 1
 //
 // All of it depends on shapes alone, never on timing, so equal inputs give equal bits.
 
@@ -50,11 +49,10 @@ DYNABERT_HOST_DEVICE constexpr bool ends_in_norm(Product product) {
 }
 
 struct ProductPlan {
-  std::int16_t split;  // blocks of a group
-  std::int16_t
-      part_depth;  // K elements of a part, a multiple of 64; the last ones may be short or empty
-  std::int16_t parts;    // parts that are not empty, at most split
-  std::int16_t columns;  // output columns of a slice, a multiple of 8
+  std::int16_t split;       // blocks of a group
+  std::int16_t part_depth;  // K elements of a part, a multiple of 64; the last may be short
+  std::int16_t parts;       // parts that are not empty, at most split
+  std::int16_t columns;     // output columns of a slice, a multiple of 8
   std::int16_t slices;
   std::int16_t teams;      // groups that share a slice, each with its own rows
   std::int16_t row_tiles;  // tiles of 64 rows

@@ -102,6 +102,10 @@ class Backend(Generic[CallT]):
         unproven: A sentence if only `use_backend` may choose it. The automatic choice passes it
             over without a warning, and neither warns nor fails under ``DYNABERT_STRICT`` where it
             is the only native backend of a device; where a message lists backends, it says this.
+        doubt: A sentence if results of such a call are not to be trusted on its device, else None;
+            takes the call and whether gradients are needed. Asked last, and not while Dynamo
+            traces, so the overloads ask for themselves (`Op.step_aside`). The automatic choice then
+            takes `reference` with a warning for each such sentence.
         backward: Gradient formula, as `torch.library.register_autograd` takes it. A backend
             without one, and without `training`, is not used where gradients are needed.
         setup_context: What `backward` keeps, as `torch.library.register_autograd` takes it.
@@ -115,6 +119,7 @@ class Backend(Generic[CallT]):
     why_not: Callable[[CallT], str | None] | None = None
     unavailable: Callable[[], str | None] | None = None
     unproven: str | None = None
+    doubt: Callable[[CallT, bool], str | None] | None = None
     backward: Callable[..., Any] | None = None
     setup_context: Callable[..., None] | None = None
     training: Training[CallT] | None = None
@@ -217,11 +222,12 @@ class Op(Generic[CallT]):
         Raises:
             NotImplementedError: The forced backend cannot run this call, or none may.
         """
-        backend = self._choose(call)
+        trains = needs_gradients(call)
+        backend = self._choose(call, trains)
         if backend is None:
             return self.reference(call)
         result: Tensor
-        if backend.training is not None and needs_gradients(call):
+        if backend.training is not None and trains:
             result = self._overloads[f"{backend.name}_training"](*call.arguments())[0]
         else:
             result = self._overloads[backend.name](*call.arguments())
@@ -270,11 +276,12 @@ class Op(Generic[CallT]):
             reason = backend.scope(call)
         return reason
 
-    def _choose(self, call: CallT) -> Backend[CallT] | None:
+    def _choose(self, call: CallT, trains: bool) -> Backend[CallT] | None:
         if _forced == REFERENCE or (_forced is None and _is_exporting()):
             return None
         reasons: dict[str, str] = {}
         native_here = False
+        doubt: str | None = None
         device_type = call.hidden.device.type
         for backend in self.backends:
             if _forced is None and backend.unproven is not None:
@@ -287,7 +294,11 @@ class Op(Generic[CallT]):
             slower = None if _forced is not None else _slower(backend, call)
             why_not = reason if reason is not None else slower
             if why_not is None:
-                return backend
+                if backend.doubt is None or torch.compiler.is_compiling():
+                    return backend
+                why_not = doubt = backend.doubt(call, trains)
+                if why_not is None:
+                    return backend
             reasons[backend.name] = why_not
             # What was out of scope before the backend turned out to be missing still is.
             native_here = native_here or (
@@ -301,8 +312,26 @@ class Op(Generic[CallT]):
         if native_here:
             if _strict:
                 raise self._cannot_run(call, reasons, "switched off by DYNABERT_STRICT=1")
-            self._warn_once(call, reasons)
+            self._warn_once(call, reasons, doubt)
         return None
+
+    def step_aside(self, name: str, call: CallT, doubt: str) -> None:
+        """Says that an overload takes the reference because its own results are in doubt.
+
+        Args:
+            name: The overload's backend.
+            call: What it was called with.
+            doubt: Why.
+
+        Raises:
+            NotImplementedError: The backend is forced, or ``DYNABERT_STRICT`` is set.
+        """
+        reasons = {name: doubt}
+        if _forced == name:
+            raise self._cannot_run(call, reasons, f"not used while {_forced!r} is forced")
+        if _strict:
+            raise self._cannot_run(call, reasons, "switched off by DYNABERT_STRICT=1")
+        self._warn_once(call, reasons, doubt)
 
     def _cannot_run(
         self, call: CallT, reasons: dict[str, str], reference: str
@@ -317,8 +346,8 @@ class Op(Generic[CallT]):
         lines.append(f"  {REFERENCE}: {reference}")
         return NotImplementedError("\n".join(lines))
 
-    def _warn_once(self, call: CallT, reasons: dict[str, str]) -> None:
-        key = (self.name, call.hidden.device.type)
+    def _warn_once(self, call: CallT, reasons: dict[str, str], doubt: str | None) -> None:
+        key = (self.name, doubt or call.hidden.device.type)
         if torch.compiler.is_compiling() or key in _warned:
             return
         _warned.add(key)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
+from dynabert_kernels.ops import _trust
 from dynabert_kernels.ops._op import forced_backend
 from dynabert_kernels.ops.embeddings import EmbeddingTables
-from dynabert_kernels.triton import availability
+from dynabert_kernels.triton import availability, proof
 from dynabert_kernels.varlen import Packing
 
-_BACKEND = "triton"
+_OP = "embeddings"
+_said: set[str] = set()
 
 
 def gpu_embeddings(
@@ -25,8 +29,9 @@ def gpu_embeddings(
 ) -> Tensor | None:
     """``LayerNorm(word + position + segment)`` of the real tokens, or None where PyTorch has to.
 
-    None means that gradients may be needed, that another backend is forced or none is proven, or
-    that tensors differ in dtype or device. Rows past the last token are undefined.
+    None means that gradients may be needed, that another backend is forced, that tensors differ in
+    dtype or device, or that the kernel differs from PyTorch on this card, which one warning says.
+    Rows past the last token are undefined.
 
     Args:
         input_ids: Token ids, ``[B, S]``; an id out of range gives NaN for its token, as all ids.
@@ -39,6 +44,9 @@ def gpu_embeddings(
 
     Returns:
         ``[total_tokens, hidden_size]``, dtype of `tables`.
+
+    Raises:
+        NotImplementedError: The backend is forced, and its results are in doubt.
     """
     word, device = tables.word, tables.word.device
     if not _runs() or torch.is_grad_enabled() or torch.is_autocast_enabled(device.type):
@@ -49,6 +57,8 @@ def gpu_embeddings(
         return None
     of_tokens = [input_ids, position_ids, token_type_ids]
     if any(ids is not None and ids.device != device for ids in of_tokens):
+        return None
+    if not _is_trusted(word):
         return None
     from dynabert_kernels.triton import embeddings
 
@@ -74,4 +84,27 @@ def _runs() -> bool:
     forced = forced_backend()
     if availability.triton_missing() is not None:
         return False
-    return forced == _BACKEND or (forced is None and availability.UNPROVEN is None)
+    return forced == _trust.BACKEND or (forced is None and availability.OPT_IN is None)
+
+
+def _is_trusted(word: Tensor) -> bool:
+    use = (_OP, proof.name_of(word.dtype), None, False, word.get_device())
+    reason = None if use in _trust.trusted else _trust.doubt(use, word.device, _difference)
+    if reason is None:
+        return True
+    if forced_backend() == _trust.BACKEND:
+        raise NotImplementedError(f"{_OP}: the forced backend cannot run this call: {reason}")
+    if reason not in _said:
+        _said.add(reason)
+        warnings.warn(
+            f"{_OP}: running on plain PyTorch, because triton: {reason}. Said once.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    return False
+
+
+def _difference(path: proof.Path, device: torch.device) -> str | None:
+    from dynabert_kernels.ops import _self_check
+
+    return _self_check.embeddings_difference(path, device)

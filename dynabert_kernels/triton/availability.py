@@ -1,19 +1,25 @@
 """Whether the Triton kernels can run here, as sentences. Imports no Triton itself."""
 
 import importlib.util
+import sys
 
 import torch
 from torch import Tensor
 
 from dynabert_kernels import _env
 
-UNPROVEN = "no recorded GPU run proves it yet; choose it with use_backend('triton')"
 HEAD_DIMS = (32, 64, 80, 128)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 # Under Triton's interpreter the kernels run on the CPU, which is how they are tested without a GPU.
 INTERPRETED = _env.triton_interpret()
 DEVICE = "cpu" if INTERPRETED else "cuda"
+OPT_IN = (
+    "Triton's interpreter is for tests; choose it with use_backend('triton')"
+    if INTERPRETED
+    else None
+)
+"""Why only `use_backend` may choose the kernels, or None."""
 # Constants of the process: Dynamo traces the functions that return them.
 _MISSING = (
     None
@@ -25,6 +31,16 @@ _MISSING = (
 def triton_missing() -> str | None:
     """Why no Triton kernel can run on this installation, or None."""
     return _MISSING
+
+
+def triton_compilations() -> int:
+    """Triton kernels compiled, or loaded from Triton's cache, since the process began.
+
+    Constant once every kind of call has been made: a change while serving is a pause that a warm-up
+    should have taken. 0 where no Triton kernel has run.
+    """
+    dispatch = sys.modules.get("dynabert_kernels.triton.dispatch")
+    return 0 if dispatch is None else int(dispatch.compilations())
 
 
 def why_not(

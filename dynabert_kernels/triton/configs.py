@@ -33,7 +33,8 @@ class LinearConfig:
         subtiles: Parts a tile is finished and stored in, each of 1 / subtiles of its outputs; with
             descriptors.
         persistent: Programs per multiprocessor, each of which takes tile after tile; 0 for a
-            program per tile. With descriptors and a width from the host.
+            program per tile. With descriptors, and a width from the host or (except in form
+            `columns`) tiles of one width.
     """
 
     block_m: int

@@ -7,8 +7,8 @@ Letters: T tokens, N outputs, K inputs. Three forms, which read a weight in two 
     columns   dropout(x[T, K] @ w[K, N] + bias[N]) + residual out, down, d hidden; prefix on K
 
 All exist twice: with pointers for every card, and with tensor descriptors (the copy engine of
-sm_90). The prefix is what N or K says, or with a table of `row_tiles` the width of each tile: no
-weight past it is read, nor any of x.
+sm_90). The prefix is what N or K says, or with a table of `row_tiles` the width of each tile:
+nothing past it enters a result.
 """
 
 import triton

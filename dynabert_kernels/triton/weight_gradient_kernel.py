@@ -228,43 +228,6 @@ def weight_gradient_kernel(
         acc = tl.zeros((BLOCK_N, BLOCK_C), dtype=tl.float32)
         # For the bias, rows times ones. Each program of the share does it for a part of the steps.
         sums = tl.zeros((BLOCK_N, 16), dtype=tl.float32)
-        if RAGGED or not DESCRIPTORS:
-            masked_begin = step_begin
-            if DESCRIPTORS:
-                masked_begin = tl.maximum(step_begin, whole_reaching)
-            for step in range(masked_begin, step_end):
-                if RAGGED:
-                    # The steps cut short have their own list.
-                    listed = step + tl.where(step < whole_reaching, 0, num_steps - whole_reaching)
-                    token = tl.load(steps_ptr + listed * 3)
-                    token_end = tl.load(steps_ptr + listed * 3 + 1)
-                    reach = tl.load(steps_ptr + listed * 3 + 2)
-                else:
-                    token = step * BLOCK_T
-                    token_end = T
-                    reach = N
-                live = (token + local_t < token_end)[:, None]
-                if DESCRIPTORS:
-                    # What belongs to other steps, or to no token, may be NaN.
-                    rows = rows_desc.load([token, col_n])
-                    inputs = inputs_desc.load([token, col_c])
-                    inputs = tl.where(live, inputs, 0.0)
-                    rows = tl.where(live & (ns < reach)[None, :], rows, 0.0)
-                else:
-                    rows_tile = rows_ptr + tl.cast(token, tl.int64) * stride_rows
-                    rows_at = local_t[:, None] * stride_rows + ns[None, :]
-                    rows = tl.load(rows_tile + rows_at, mask=live & (ns < N)[None, :], other=0.0)
-                    if RAGGED:
-                        rows = tl.where((ns < reach)[None, :], rows, 0.0)
-                    tile = inputs_ptr + tl.cast(token, tl.int64) * stride_inputs
-                    inputs_at = local_t[:, None] * stride_inputs + cs[None, :]
-                    inputs = tl.load(tile + inputs_at, mask=live & (cs < C)[None, :], other=0.0)
-                acc = tl.dot(rows.T, inputs, acc, input_precision=INPUT_PRECISION)
-                if HAS_BIAS:
-                    ones = tl.full((BLOCK_T, 16), 1.0, dtype=rows.dtype)
-                    more = tl.dot(rows.T, ones, sums, input_precision=INPUT_PRECISION)
-                    sums = tl.where(step % blocks_c == block_c, more, sums)
-
         if DESCRIPTORS:
             # Backwards, narrowest first: after each run of one width what it added past its reach,
             # which may be NaN, is cleared, and nothing wider has come yet.
@@ -347,6 +310,43 @@ def weight_gradient_kernel(
                     if HAS_BIAS:
                         sums = tl.where((ns < reach)[:, None], sums, 0.0)
                 run_end = run_begin
+
+        if RAGGED or not DESCRIPTORS:
+            masked_begin = step_begin
+            if DESCRIPTORS:
+                masked_begin = tl.maximum(step_begin, whole_reaching)
+            for step in range(masked_begin, step_end):
+                if RAGGED:
+                    # The steps cut short have their own list.
+                    listed = step + tl.where(step < whole_reaching, 0, num_steps - whole_reaching)
+                    token = tl.load(steps_ptr + listed * 3)
+                    token_end = tl.load(steps_ptr + listed * 3 + 1)
+                    reach = tl.load(steps_ptr + listed * 3 + 2)
+                else:
+                    token = step * BLOCK_T
+                    token_end = T
+                    reach = N
+                live = (token + local_t < token_end)[:, None]
+                if DESCRIPTORS:
+                    # What belongs to other steps, or to no token, may be NaN.
+                    rows = rows_desc.load([token, col_n])
+                    inputs = inputs_desc.load([token, col_c])
+                    inputs = tl.where(live, inputs, 0.0)
+                    rows = tl.where(live & (ns < reach)[None, :], rows, 0.0)
+                else:
+                    rows_tile = rows_ptr + tl.cast(token, tl.int64) * stride_rows
+                    rows_at = local_t[:, None] * stride_rows + ns[None, :]
+                    rows = tl.load(rows_tile + rows_at, mask=live & (ns < N)[None, :], other=0.0)
+                    if RAGGED:
+                        rows = tl.where((ns < reach)[None, :], rows, 0.0)
+                    tile = inputs_ptr + tl.cast(token, tl.int64) * stride_inputs
+                    inputs_at = local_t[:, None] * stride_inputs + cs[None, :]
+                    inputs = tl.load(tile + inputs_at, mask=live & (cs < C)[None, :], other=0.0)
+                acc = tl.dot(rows.T, inputs, acc, input_precision=INPUT_PRECISION)
+                if HAS_BIAS:
+                    ones = tl.full((BLOCK_T, 16), 1.0, dtype=rows.dtype)
+                    more = tl.dot(rows.T, ones, sums, input_precision=INPUT_PRECISION)
+                    sums = tl.where(step % blocks_c == block_c, more, sums)
 
         slot = share + n
         if (step_begin == 0) & (step_end == reaching):

@@ -294,7 +294,7 @@ def test_our_mixed_batch_is_checked_against_every_width(recorder):
 
 
 def test_products_of_the_peers_are_right_and_have_a_ratio(recorder):
-    gpu_products.run(recorder, "cpu", budget_s=100, smoke=True)
+    gpu_products.run(recorder, "cpu", budget_s=100, smoke=True, with_ours=False)
     assert [row for row in recorder.rows if "error" in row] == []
     assert {row["case"] for row in recorder.rows} == {
         *(case.kind for case in CASES),
@@ -383,3 +383,14 @@ def test_driver_runs_every_section(tmp_path):
     assert "Training step, ms" in summary
     assert summary.rstrip().splitlines()[-1].startswith("  times compiled loop")
     assert "Traceback" not in (tmp_path / "work" / "log.txt").read_text()
+
+
+def test_a_process_that_takes_over_goes_on_after_the_step_that_was_lost(recorder, tmp_path):
+    bench = gpu_peers.Bench(recorder, "cpu", budget_s=600, smoke=True)
+    ran: list[str] = []
+    steps = [(name, lambda name=name: ran.append(name)) for name in "abcd"]
+    begun = tmp_path / "begun"
+    begun.write_text("a\nb\n")
+    gpu_peers.run_steps(bench, steps, begun)
+    assert ran == ["c", "d"]
+    assert begun.read_text().split() == ["a", "b", "c", "d"]

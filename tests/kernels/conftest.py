@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dynabert_kernels import use_backend
 from dynabert_kernels.ops import Op
+from dynabert_kernels.triton import availability
 
 
 @dataclass(frozen=True)
@@ -87,3 +88,17 @@ def automatic_backend() -> Iterator[None]:
     """Every test starts and ends with no backend forced."""
     with use_backend(None):
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def bounds_of_memory() -> Iterator[None]:
+    """In Triton's interpreter, no kernel may leave the memory of its arguments (bounds.py)."""
+    if not availability.INTERPRETED or availability.triton_missing() is not None:
+        yield
+        return
+    from tests.kernels.bounds import Bounds
+
+    bounds = Bounds()
+    bounds.install()
+    yield
+    bounds.remove()

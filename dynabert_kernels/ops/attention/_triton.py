@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dynabert_kernels.ops import _triton
+from dynabert_kernels.layout import PackedAttention
+from dynabert_kernels.ops import _triton, _trust
 from dynabert_kernels.ops._op import Backend, Training
 from dynabert_kernels.ops._sublayer import token_dtype
 from dynabert_kernels.triton import availability
@@ -235,18 +236,62 @@ def _fake_training(*arguments: Any) -> tuple[Tensor, ...]:
     )
 
 
+def _call_of(*arguments: Any) -> AttentionCall:
+    """What the arguments of the schema say, for the reference."""
+    from dynabert_kernels.ops.attention import AttentionCall
+
+    call = _Arguments(*arguments)
+    each = call.num_heads_each
+    if each is None and int(call.cu_seqlens[-1]) < call.hidden.shape[0]:
+        # Compiled calls leave rows past the last sequence, which the reference skips by widths.
+        each = call.cu_seqlens.new_full((1,), call.num_heads)
+    return AttentionCall(
+        call.hidden,
+        PackedAttention(*call[1:8]),
+        call.num_heads,
+        each,
+        call.cu_seqlens,
+        call.max_seqlen,
+        call.dropout_p,
+        call.attention_dropout_p,
+        call.seed,
+        None,
+        call.compute,
+    )
+
+
+KERNELS = _trust.Kernels(
+    "attention",
+    has_heads=True,
+    forward=_inference,
+    training=_training,
+    backward=_backward,
+    like_training=_fake_training,
+    call_of=_call_of,
+    num_kept=len(_Kept._fields),
+    num_gradients=7,
+)
+
+
+def _doubt(call: AttentionCall, trains: bool) -> str | None:
+    hidden = call.hidden
+    use = ("attention", call.compute, call.weights.qkv_weight.size(2), trains, hidden.get_device())
+    return None if use in _trust.trusted else _trust.doubt(use, hidden.device, KERNELS.check)
+
+
 BACKEND: Backend[AttentionCall] = Backend(
     "triton",
     device=availability.DEVICE,
-    run=_inference,
+    run=KERNELS.run,
     why_not=why_not,
     unavailable=availability.triton_missing,
-    unproven=availability.UNPROVEN,
+    unproven=availability.OPT_IN,
+    doubt=_doubt,
     training=Training(
         kept=_Kept._fields,
-        num_gradients=7,
+        num_gradients=KERNELS.num_gradients,
         fake=_fake_training,
-        run=_training,
-        run_backward=_backward,
+        run=KERNELS.run_training,
+        run_backward=KERNELS.run_backward,
     ),
 )

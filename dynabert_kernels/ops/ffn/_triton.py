@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dynabert_kernels.ops import _triton
+from dynabert_kernels.layout import PackedFFN
+from dynabert_kernels.ops import _triton, _trust
 from dynabert_kernels.ops._op import Backend, Training
 from dynabert_kernels.ops._sublayer import token_dtype
 from dynabert_kernels.triton import availability
@@ -202,18 +203,55 @@ def _fake_training(*arguments: Any) -> tuple[Tensor, ...]:
     )
 
 
+def _call_of(*arguments: Any) -> FFNCall:
+    """What the arguments of the schema say, for the reference."""
+    from dynabert_kernels.ops.ffn import FFNCall
+
+    call = _Arguments(*arguments)
+    return FFNCall(
+        call.hidden,
+        PackedFFN(*call[1:9]),
+        call.intermediate_size,
+        call.intermediate_sizes,
+        call.cu_seqlens,
+        call.dropout_p,
+        call.seed,
+        call.compute,
+    )
+
+
+KERNELS = _trust.Kernels(
+    "ffn",
+    has_heads=False,
+    forward=_inference,
+    training=_training,
+    backward=_backward,
+    like_training=_fake_training,
+    call_of=_call_of,
+    num_kept=len(_Kept._fields),
+    num_gradients=7,
+)
+
+
+def _doubt(call: FFNCall, trains: bool) -> str | None:
+    hidden = call.hidden
+    use = ("ffn", call.compute, None, trains, hidden.get_device())
+    return None if use in _trust.trusted else _trust.doubt(use, hidden.device, KERNELS.check)
+
+
 BACKEND: Backend[FFNCall] = Backend(
     "triton",
     device=availability.DEVICE,
-    run=_inference,
+    run=KERNELS.run,
     why_not=why_not,
     unavailable=availability.triton_missing,
-    unproven=availability.UNPROVEN,
+    unproven=availability.OPT_IN,
+    doubt=_doubt,
     training=Training(
         kept=_Kept._fields,
-        num_gradients=7,
+        num_gradients=KERNELS.num_gradients,
         fake=_fake_training,
-        run=_training,
-        run_backward=_backward,
+        run=KERNELS.run_training,
+        run_backward=KERNELS.run_backward,
     ),
 )
