@@ -53,8 +53,10 @@ test: $(INSTALLED)  ## the fast test suite
 test-long: $(INSTALLED)  ## every test that needs no GPU
 	$(TESTS) -m "not gpu"
 
-# Compiling ahead of time is the one part of the Triton tests that a GPU changes nothing about.
+# Records the paths that agree with the reference first. Compiling ahead of time is the one part of the
+# Triton tests that a GPU changes nothing about.
 test-gpu: $(INSTALLED)  ## the tests that need a GPU, and the Triton kernels' on it
+	$(BIN)/python -m dynabert_kernels.triton.prove
 	$(TESTS) -m gpu
 	$(TESTS) -m "not slow and not gpu" -k triton --ignore tests/kernels/test_triton_aot.py \
 	  tests/kernels

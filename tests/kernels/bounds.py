@@ -60,9 +60,9 @@ class Bounds:
             bounds.check("loads", addresses, mask)
             return bounds._load(builder, addresses, mask, *rest, **options)
 
-        def store(builder: Any, addresses: Any, value: Any, mask: Any, *rest: Any, **options: Any) -> Any:
+        def store(builder: Any, addresses: Any, value: Any, mask: Any, *rest: Any) -> Any:
             bounds.check("stores", addresses, mask)
-            return bounds._store(builder, addresses, value, mask, *rest, **options)
+            return bounds._store(builder, addresses, value, mask, *rest)
 
         interpreter.GridExecutor._init_args_hst = launch
         interpreter.InterpreterBuilder.create_masked_load = load

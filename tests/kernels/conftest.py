@@ -6,6 +6,7 @@ table's own reason. Without a GPU, `triton` runs in Triton's interpreter (tests/
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,10 @@ from torch import Tensor
 from dynabert_kernels import use_backend
 from dynabert_kernels.ops import Op
 from dynabert_kernels.triton import availability
+
+_OF_SINGLE_KERNELS = {
+    f"test_triton_{name}.py" for name in ("attention", "gemm", "norm", "weight_gradient")
+}
 
 
 @dataclass(frozen=True)
@@ -47,12 +52,19 @@ class BackendUnderTest:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leaves to `slow` what Triton's interpreter need not run every time.
 
-    It takes a good part of a second a call. Without a GPU the quick tests take the first value of
-    each parameter, the ordinary case, and vary one at a time in a single test.
+    It takes a good part of a second a call. Without a GPU the quick tests of an op take the first
+    value of each parameter, the ordinary case, and vary one at a time in a single test; those of
+    single kernels take every third case of a test.
     """
     ordinary: dict[str, dict[str, Any]] = {}
+    seen: Counter[str] = Counter()
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
+        if item.path.name in _OF_SINGLE_KERNELS and availability.INTERPRETED:
+            test = item.nodeid.partition("[")[0]
+            if seen[test] % 3 > 0:
+                item.add_marker(pytest.mark.slow)
+            seen[test] += 1
         case = params.get("backend")
         if isinstance(case, BackendUnderTest) and (case.name, case.device) == ("triton", "cpu"):
             first = ordinary.setdefault(item.nodeid.partition("[")[0], params)
