@@ -13,7 +13,6 @@ from typing import Any
 
 import triton
 from torch import Tensor
-from torch.nn import Parameter
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dynabert_kernels.triton.availability import INTERPRETED
@@ -122,11 +121,26 @@ def _kind_of_descriptor(described: TensorDescriptor) -> Any:
     return described.base.dtype, *described.block_shape
 
 
-_KINDS: dict[type, Callable[[Any], Any]] = {
-    Tensor: _kind_of_tensor,
-    Parameter: _kind_of_tensor,
-    int: _kind_of_int,
-    TensorDescriptor: _kind_of_descriptor,
-    float: type,
-    type(None): type,
-}
+class _Kinds(dict[type, Callable[[Any], Any]]):
+    """What tells the kind of an argument, by its type: a look-up for all that is ordinary."""
+
+    def __missing__(self, kind: type) -> Callable[[Any], Any]:
+        if not issubclass(kind, Tensor):
+            raise TypeError(
+                f"triton.dispatch.start: an argument is a {kind.__name__}, expected a Tensor, a "
+                "TensorDescriptor, an int, a float or None. Add its kind here."
+            )
+        self[kind] = _kind_of_tensor
+        return _kind_of_tensor
+
+
+# What Triton specialises on: dtype and alignment, and of an int whether it is 1 or aligned.
+_KINDS = _Kinds(
+    {
+        Tensor: _kind_of_tensor,
+        int: _kind_of_int,
+        TensorDescriptor: _kind_of_descriptor,
+        float: type,
+        type(None): type,
+    }
+)

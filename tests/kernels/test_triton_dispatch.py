@@ -102,3 +102,12 @@ def test_a_kept_kernel_keeps_no_tensor_alive(kernel: CountedKernel) -> None:
     gone = [weakref.ref(x), weakref.ref(seed)]
     del x, seed
     assert [reference() for reference in gone] == [None, None]
+
+
+def test_parameters_are_tensors_and_other_objects_are_refused(kernel: CountedKernel) -> None:
+    seed = torch.empty(1, dtype=torch.int64)
+    launch(kernel, torch.empty(16), 17, seed)
+    launch(kernel, torch.nn.Parameter(torch.empty(16)), 17, seed)
+    assert kernel.compilations == 1
+    with pytest.raises(TypeError, match="an argument is a list, expected a Tensor"):
+        launch(kernel, [1.0], 17, seed)
