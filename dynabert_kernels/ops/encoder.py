@@ -1,4 +1,4 @@
-"""Consecutive layers in one call, where the C++ kernels can run all of them.
+"""Consecutive layers in one call, where the C++ or the Triton kernels can run all of them.
 
 Not a third op with a reference of its own: the result is, bit for bit, that of `attention` and
 `ffn` one after the other. It saves what lies between two ops, which for a narrow subnet is a large
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dynabert_kernels.layout import PackedAttention, PackedFFN
-from dynabert_kernels.ops import _cpu
+from dynabert_kernels.ops import _cpu, _triton_encoder
 from dynabert_kernels.ops._sublayer import compute_name
 
 _LIBRARY = torch.library.Library("dynabert", "FRAGMENT")
@@ -93,16 +93,19 @@ class EncoderLayers:
         )
 
 
-def encoder(hidden: Tensor, layers: EncoderLayers, *, cu_seqlens: Tensor) -> Tensor | None:
+def encoder(
+    hidden: Tensor, layers: EncoderLayers, *, cu_seqlens: Tensor, max_seqlen: int
+) -> Tensor | None:
     """Run `layers` in order, or return None where the ops have to run one by one.
 
-    None means: gradients may be needed, another backend is forced, the call is traced, or some
-    tensor is not for the C++ kernels. The ops themselves then say why.
+    None means: gradients may be needed, another backend is forced, the call is traced, some tensor
+    is not for the kernels, or these have yet to be checked. The ops themselves then say why.
 
     Args:
         hidden: Tokens, ``[total_tokens, hidden_size]``.
         layers: What to run.
         cu_seqlens: Ragged offsets, ``[batch_size + 1]``, int32.
+        max_seqlen: Length of the longest sequence, or more.
 
     Returns:
         ``[total_tokens, hidden_size]``, dtype of `hidden`.
@@ -111,7 +114,7 @@ def encoder(hidden: Tensor, layers: EncoderLayers, *, cu_seqlens: Tensor) -> Ten
         ValueError: A shape, dtype or size is out of range.
     """
     if not _cpu.runs_unforced(hidden):
-        return None
+        return _triton_encoder.run(hidden, layers, cu_seqlens, max_seqlen)
     compute = compute_name(hidden, layers.quantization)
     if compute not in _cpu.COMPUTE or hidden.dtype not in _cpu.DTYPES:
         return None

@@ -142,7 +142,7 @@ class DynaBertEncoder(nn.Module):
         self, hidden: Tensor, steps: tuple[LayerStep, ...], packing: Packing
     ) -> Tensor | None:
         """The state after the last of `steps` from one call for all, or None where none can."""
-        if self.training or torch.compiler.is_compiling() or not hidden.is_cpu:
+        if self.training or torch.compiler.is_compiling():
             return None
         if self._watches is None or len(self._watches) > _MOST_KEPT:
             self._watches = {}
@@ -158,7 +158,10 @@ class DynaBertEncoder(nn.Module):
                 return None
             self._watches[id(steps)] = watch
         layers = watch.made.layers
-        return None if layers is None else encoder(hidden, layers, cu_seqlens=packing.cu_seqlens)
+        if layers is None:
+            return None
+        offsets, longest = packing.cu_seqlens, packing.max_seqlen
+        return encoder(hidden, layers, cu_seqlens=offsets, max_seqlen=longest)
 
     def _watched(self, steps: tuple[LayerStep, ...]) -> ModuleWatch[_NativeLayers] | None:
         """None where a layer does more than its two ops, or not all of the batch at one width."""

@@ -113,7 +113,9 @@ def at_once(layers: list[EncoderLayer]) -> EncoderLayers:
 
 
 def run_layers(hidden: Tensor, layers: EncoderLayers, lengths: list[int]) -> Tensor:
-    result = encoder(hidden, layers, cu_seqlens=offsets_of(lengths))
+    result = encoder(
+        hidden, layers, cu_seqlens=offsets_of(lengths), max_seqlen=max(lengths, default=0)
+    )
     assert result is not None
     return result
 
