@@ -7,8 +7,7 @@ same machine code, so that the compiled kernel can be started directly.
 """
 
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import triton
@@ -28,17 +27,30 @@ _DESCRIPTOR_DEFAULTS = {
 }
 
 
-@dataclass(frozen=True)
+class _Calls:
+    """Calls of one kernel whose arguments have the same types, and what they were compiled to."""
+
+    def __init__(self, types: Sequence[type], is_constant: Sequence[bool]) -> None:
+        parts = [
+            part.format(f"v[{place}]")
+            for place, (kind, constant) in enumerate(zip(types, is_constant, strict=True))
+            for part in (("{}",) if constant else _parts_of(kind))
+        ]
+        # Written out for these types: asking each argument what it is would take several times
+        # as long, at every launch.
+        self.key_of: Callable[[tuple[Any, ...]], tuple[Any, ...]] = eval(
+            f"lambda v: ({', '.join(parts)},)"
+        )
+        self.compiled: dict[tuple[Any, ...], Any] = {}
+
+
 class _Kernel:
-    """A ``triton.jit`` function, which lives as long as its module, and what it was compiled to."""
+    """A ``triton.jit`` function, which lives as long as its module, and its calls by types."""
 
-    names: list[str]
-    is_constant: list[bool]
-    compiled: dict[tuple[Any, ...], Any]
-
-    @classmethod
-    def of(cls, kernel: Any) -> "_Kernel":
-        return cls(kernel.arg_names, [param.is_constexpr for param in kernel.params], {})
+    def __init__(self, kernel: Any) -> None:
+        self.names: list[str] = kernel.arg_names
+        self.is_constant = [param.is_constexpr for param in kernel.params]
+        self.by_types: dict[tuple[type, ...], _Calls] = {}
 
 
 def compilations() -> int:
@@ -73,21 +85,22 @@ def start(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> Non
         return
     known = _kernels.get(id(kernel))
     if known is None:
-        known = _kernels[id(kernel)] = _Kernel.of(kernel)
+        known = _kernels[id(kernel)] = _Kernel(kernel)
     values = (*args, *[options[name] for name in known.names[len(args) :]])
+    types = tuple(map(type, values))
+    calls = known.by_types.get(types)
+    if calls is None:
+        calls = known.by_types[types] = _Calls(types, known.is_constant)
     key = (
         triton.runtime.driver.active.get_current_device(),
-        *[options.get(name) for name in _LAUNCH_OPTIONS],
-        *[
-            value if is_constant else _KINDS[type(value)](value)
-            for value, is_constant in zip(values, known.is_constant, strict=True)
-        ],
+        *map(options.get, _LAUNCH_OPTIONS),
+        calls.key_of(values),
     )
-    compiled = known.compiled.get(key)
+    compiled = calls.compiled.get(key)
     if compiled is None:
         compiled = kernel[grid](*args, **options)
         if compiled is not None:
-            known.compiled[key] = compiled
+            calls.compiled[key] = compiled
             _compiled.add(compiled)
         return
     compiled[(*grid, 1, 1)[:3]](*values)
@@ -109,38 +122,17 @@ def descriptor(matrix: Tensor, block_shape: list[int]) -> TensorDescriptor:
     return made
 
 
-def _kind_of_tensor(tensor: Tensor) -> Any:
-    return tensor.dtype, tensor.data_ptr() % 16 == 0
-
-
-def _kind_of_int(number: int) -> Any:
-    return number == 1, number % 16 == 0, number >> 31
-
-
-def _kind_of_descriptor(described: TensorDescriptor) -> Any:
-    return described.base.dtype, *described.block_shape
-
-
-class _Kinds(dict[type, Callable[[Any], Any]]):
-    """What tells the kind of an argument, by its type: a look-up for all that is ordinary."""
-
-    def __missing__(self, kind: type) -> Callable[[Any], Any]:
-        if not issubclass(kind, Tensor):
-            raise TypeError(
-                f"triton.dispatch.start: an argument is a {kind.__name__}, expected a Tensor, a "
-                "TensorDescriptor, an int, a float or None. Add its kind here."
-            )
-        self[kind] = _kind_of_tensor
-        return _kind_of_tensor
-
-
-# What Triton specialises on: dtype and alignment, and of an int whether it is 1 or aligned.
-_KINDS = _Kinds(
-    {
-        Tensor: _kind_of_tensor,
-        int: _kind_of_int,
-        TensorDescriptor: _kind_of_descriptor,
-        float: type,
-        type(None): type,
-    }
-)
+def _parts_of(kind: type) -> tuple[str, ...]:
+    """What Triton specialises on: dtype and alignment, and of an int whether it is 1 or aligned."""
+    if issubclass(kind, Tensor):
+        return "{}.dtype", "{}.data_ptr() % 16 == 0"
+    if issubclass(kind, TensorDescriptor):
+        return "{}.base.dtype", "*{}.block_shape"
+    if kind is int:
+        return "{} == 1", "{} % 16 == 0", "{} >> 31"
+    if kind in (float, type(None)):
+        return ()
+    raise TypeError(
+        f"triton.dispatch.start: an argument is a {kind.__name__}, expected a Tensor, a "
+        "TensorDescriptor, an int, a float or None. Say here what Triton specialises on."
+    )

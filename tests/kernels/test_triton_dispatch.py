@@ -106,8 +106,10 @@ def test_a_kept_kernel_keeps_no_tensor_alive(kernel: CountedKernel) -> None:
 
 def test_parameters_are_tensors_and_other_objects_are_refused(kernel: CountedKernel) -> None:
     seed = torch.empty(1, dtype=torch.int64)
-    launch(kernel, torch.empty(16), 17, seed)
-    launch(kernel, torch.nn.Parameter(torch.empty(16)), 17, seed)
+    for _ in range(2):
+        weight = torch.nn.Parameter(torch.empty(16))
+        launch(kernel, weight, 17, seed)
+        assert kernel.calls[-1][1] is weight
     assert kernel.compilations == 1
     with pytest.raises(TypeError, match="an argument is a list, expected a Tensor"):
         launch(kernel, [1.0], 17, seed)
