@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import weakref
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -113,3 +118,26 @@ def test_parameters_are_tensors_and_other_objects_are_refused(kernel: CountedKer
     assert kernel.compilations == 1
     with pytest.raises(TypeError, match="an argument is a list, expected a Tensor"):
         launch(kernel, [1.0], 17, seed)
+
+
+@pytest.mark.slow
+def test_the_short_cut_starts_what_triton_would(tmp_path: Path) -> None:
+    """In a process of its own: this one may be interpreting."""
+    checkout = Path(__file__).resolve().parents[2]
+    paths = [str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run(
+        [sys.executable, str(checkout / "tests/kernels/launch_triton.py")],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(paths),
+            "TRITON_INTERPRET": "0",
+            "TRITON_CACHE_DIR": str(tmp_path),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["different"] == []
+    assert 0 < found["launches"] - found["short"] < found["launches"] / 2
