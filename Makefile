@@ -5,7 +5,7 @@
 #   VENV=.venv              where it goes
 #   VENV_PEERS=.venv-peers  where the runtimes that `make bench-cpu` compares with go
 #   BENCH="--cases ..."     options of `make bench-cpu`; see python -m benchmarks.bench_model --help
-#   BENCH_GPU="--budget-s"  options of `make bench-gpu`; see python -m benchmarks.bench_gpu --help
+#   BENCH_GPU="--budget-s N" options of `make bench-gpu`; see python -m benchmarks.bench_gpu --help
 #   TORCH_INDEX=URL         a further package index for torch, preferred where it has a local build of
 #                           the pinned version (CPU-only on Linux: the `whl/cpu` index of pytorch.org)
 
