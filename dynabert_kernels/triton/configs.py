@@ -1,8 +1,9 @@
 """Tile shapes per problem class, as data.
 
 An H200 has chosen those of sm_90 in half precision (benchmarks/results/gpu_tuning.jsonl;
-`benchmarks.gpu_triton` sweeps them). No card has measured the others: they are chosen to fill a card and to fit. tests/kernels compile each one
-for sm_80 and sm_90 and check shared memory, registers and tensor-core instructions.
+`benchmarks.gpu_triton` sweeps them). No card has measured the others: they are chosen to fill a
+card and to fit. tests/kernels compile each one for sm_80 and sm_90 and check shared memory,
+registers and tensor-core instructions.
 """
 
 from dataclasses import dataclass, replace
