@@ -1,7 +1,6 @@
-"""Latencies of subnets as a table that says what it holds for, and the file that keeps such tables.
+"""Latencies of subnets as a table that says what it holds for.
 
-``latency.json`` lies beside a model and gathers tables of any number of settings: machines, batch
-sizes, dtypes, backends. What was measured elsewhere, or with other versions, is refused by name.
+`dynabert.latency` measures tables, `dynabert.latency_file` keeps them in a file.
 """
 
 from __future__ import annotations
@@ -17,11 +16,13 @@ import torch
 import transformers
 
 import dynabert_kernels
-from dynabert.json_file import read_json, write_json
 from dynabert.modeling_pretrained import DynaBertPreTrainedModel
 from dynabert.subnet import SubnetConfig
+from dynabert_kernels._extension import cpu_extension, extension_error
+from dynabert_kernels.ops import OPS
 
-SCHEMA = 1
+AUTOMATIC = "auto"
+"""How the name of a backend begins that was chosen automatically."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,12 @@ class LatencySetting:
         dtype: Element type of weights and activations, for instance ``float32``; ``int8`` where
             the matrix products are in integers and the rest in float32.
         batch_size: Sequences per forward pass.
-        seq_len: Tokens per sequence.
+        seq_len: Tokens per sequence, where lengths vary the most there are.
         model: Class and sizes of the full network.
-        versions: Versions of the packages the numbers depend on, by name.
+        versions: What `package_versions` said.
+        lengths: Where lengths vary, what they are those of (`dynabert.latency_lengths`); empty
+            where every sequence has `seq_len` tokens.
+        captured: Whether calls replayed CUDA graphs (`DynaBertPreTrainedModel.capture`).
     """
 
     hardware: str
@@ -50,20 +54,27 @@ class LatencySetting:
     seq_len: int
     model: str
     versions: Mapping[str, str]
+    lengths: str = ""
+    captured: bool = False
 
     def describe(self) -> str:
         """One line for a caption: batch, tokens, dtype, backend, threads, hardware."""
         threads = f"{self.threads} thread{'s' if self.threads != 1 else ''}"
-        return (
-            f"batch {self.batch_size} x {self.seq_len} tokens, {self.dtype}, "
-            f"{self.backend} backend, {threads}, {self.hardware}"
-        )
+        tokens = f"batch {self.batch_size} x {self.seq_len} tokens"
+        if self.lengths:
+            tokens = f"batch {self.batch_size}, at most {self.seq_len} tokens ({self.lengths})"
+        graphs = " in CUDA graphs" if self.captured else ""
+        return f"{tokens}, {self.dtype}, {self.backend} backend{graphs}, {threads}, {self.hardware}"
 
     def why_not_here(self) -> str | None:
         """Why the numbers do not hold here, in a clause; None if they do."""
         here = hardware_name(self.device)
         if self.hardware != here:
             return f"it was measured on {self.hardware}, and this machine has {here}"
+        if self.backend.startswith(AUTOMATIC):
+            now = automatic_backend(torch.device(self.device))
+            if self.backend != now:
+                return f"it was measured with backend {self.backend}, now {now}"
         changed = [
             f"{name} {self.versions.get(name, 'absent')}, now {version}"
             for name, version in package_versions().items()
@@ -83,8 +94,13 @@ class LatencyRow:
         p80_ms: Four fifths took at most this long.
         p99_ms: 99 of 100 took at most this long.
         num_samples: Samples taken, all of them counted.
-        throughput: Sequences per second at the median.
+        throughput: Sequences per second: at the median, or where lengths vary over all samples.
         measured_at: When, UTC, ISO 8601.
+        peak_memory_mib: Most memory a call needed beyond what was there before it, in MiB, on the
+            device that ran it (`dynabert.latency_memory`); None where that cannot be told.
+        outliers: Share of the samples that took far longer than the others of the same batch.
+        tokens_per_second: Real tokens per second, as `throughput`; None in a table that does not
+            say.
     """
 
     subnet: SubnetConfig
@@ -95,6 +111,9 @@ class LatencyRow:
     num_samples: int
     throughput: float
     measured_at: str
+    peak_memory_mib: float | None = None
+    outliers: float = 0.0
+    tokens_per_second: float | None = None
 
     def at(self, percentile: str) -> float:
         """The latency in milliseconds at ``median``, ``p20``, ``p80`` or ``p99``."""
@@ -163,101 +182,15 @@ def _cpu_model() -> str:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of the packages latency depends on, by name."""
-    return {
+    """Versions of the packages latency depends on, by name, and what the CPU kernels run on."""
+    versions = {
         "dynabert-kernels": dynabert_kernels.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-
-
-def save_latency(table: LatencyTable, path: Path | str) -> None:
-    """Add a table to ``latency.json``, whole or not at all.
-
-    A table of the same setting keeps its rows, save those of subnets timed again; tables of other
-    settings stay.
-
-    Raises:
-        ValueError: The file exists and is not a latency file this version can read.
-    """
-    path = Path(path)
-    tables = _read_tables(path) if path.exists() else []
-    same = [index for index, kept in enumerate(tables) if kept.setting == table.setting]
-    if same:
-        tables[same[0]] = tables[same[0]].merged(table)
-    else:
-        tables.append(table)
-    write_json(path, {"schema": SCHEMA, "tables": [kept.to_dict() for kept in tables]})
-
-
-def load_latency(
-    path: Path | str,
-    *,
-    batch_size: int | None = None,
-    seq_len: int | None = None,
-    device: str | None = None,
-    threads: int | None = None,
-    dtype: str | None = None,
-    backend: str | None = None,
-    model: DynaBertPreTrainedModel | None = None,
-    allow_foreign: bool = False,
-) -> LatencyTable:
-    """The table of ``latency.json`` that holds here and for what is asked.
-
-    A table holds here if this machine and the versions of now made it.
-
-    Args:
-        path: The file `save_latency` wrote.
-        batch_size: Only tables of this many sequences; None for any, here and below.
-        seq_len: Only tables of this many tokens per sequence.
-        device: Only tables of ``cpu`` or ``cuda``.
-        threads: Only tables of this many CPU threads.
-        dtype: Only tables of this element type, for instance ``float32``.
-        backend: Only tables of this backend; ``auto`` for whatever was chosen automatically.
-        model: Only tables of a model of this class and size.
-        allow_foreign: Also take a table of another machine or other versions, when none is of this
-            one.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is not a latency file, no table fits, or more than one does; the
-            message says why not or between which to choose.
-    """
-    fields_asked = {
-        "batch_size": batch_size,
-        "seq_len": seq_len,
-        "device": device,
-        "threads": threads,
-        "dtype": dtype,
-        "backend": backend,
-        "model": None if model is None else describe_model(model),
-    }
-    wanted = {name: value for name, value in fields_asked.items() if value is not None}
-    asked = ", ".join(f"{name}={value}" for name, value in wanted.items()) or "any setting"
-    tables = [table for table in _read_tables(Path(path)) if _holds(table.setting, wanted)]
-    if not tables:
-        raise ValueError(
-            f"load_latency: {path} has no table with {asked}. Measure one with `dynabert latency`."
-        )
-    reasons = [table.setting.why_not_here() for table in tables]
-    here = [table for table, reason in zip(tables, reasons, strict=True) if reason is None]
-    if not here and not allow_foreign:
-        raise ValueError(
-            f"load_latency: {path} does not hold for this machine: {reasons[-1]}. "
-            "Measure again with `dynabert latency`, or allow a foreign table."
-        )
-    fitting = here or tables
-    if len(fitting) > 1:
-        listed = "".join(
-            f"\n  {table.setting.describe()}" + (f" ({reason})" if reason else "")
-            for table, reason in zip(tables, reasons, strict=True)
-            if table in fitting
-        )
-        raise ValueError(
-            f"load_latency: {path} has {len(fitting)} tables with {asked}, expected one. "
-            f"Say which:{listed}"
-        )
-    return fitting[0]
+    if extension_error() is None:
+        versions["instruction set"] = cpu_extension().isa_name()
+    return versions
 
 
 def describe_model(model: DynaBertPreTrainedModel) -> str:
@@ -270,20 +203,12 @@ def describe_model(model: DynaBertPreTrainedModel) -> str:
     )
 
 
-def _read_tables(path: Path) -> list[LatencyTable]:
-    document = read_json(path, schema=SCHEMA)
-    try:
-        return [LatencyTable.from_dict(table) for table in document["tables"]]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"load_latency: {path} holds a table that cannot be read ({error!r}), expected what "
-            "`dynabert latency` writes. Remove the file and measure again."
-        ) from error
-
-
-def _holds(setting: LatencySetting, wanted: Mapping[str, str | int]) -> bool:
-    for name, value in wanted.items():
-        got = getattr(setting, name)
-        if got != value and not (name == "backend" and got.startswith(f"{value} (")):
-            return False
-    return True
+def automatic_backend(device: torch.device) -> str:
+    """``auto`` and, in brackets, the best backend each operator has on the device."""
+    best = {
+        name: next(backend for backend, reason in op.status(device) if reason is None)
+        for name, op in OPS.items()
+    }
+    if len(set(best.values())) == 1:
+        return f"{AUTOMATIC} ({next(iter(best.values()))})"
+    return f"{AUTOMATIC} ({', '.join(f'{name}: {backend}' for name, backend in best.items())})"

@@ -1,12 +1,10 @@
-"""Measuring on a clock the test winds, and the file that keeps what was measured."""
+"""Measuring, mostly on a clock that the test winds."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import logging
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +14,7 @@ from torch import Tensor, nn
 from transformers import BertConfig
 
 import dynabert.latency as latency_module
-import dynabert.latency_table as table_module
-from dynabert.latency import (
-    LatencyRow,
-    LatencySetting,
-    LatencyTable,
-    load_latency,
-    measure_latency,
-    save_latency,
-)
+from dynabert.latency import Lengths, measure_latency
 from dynabert.subnet import SubnetConfig, SubnetShape, subnet_grid
 from dynabert_kernels import use_backend
 from dynabert_kernels.ops import forced_backend
@@ -42,6 +32,7 @@ class Clock(nn.Module):
         self.weight = nn.Parameter(torch.zeros(1))
         self.config = BertConfig()
         self.calls: list[SubnetConfig] = []
+        self.masks: list[Tensor | None] = []
         self.costs_ms: dict[str, Iterator[float]] = {}
         self.quantization: str | None = None
 
@@ -51,9 +42,15 @@ class Clock(nn.Module):
     def subnet_shape(self, subnet: SubnetConfig) -> SubnetShape:
         return SubnetShape((), ())
 
-    def forward(self, input_ids: Tensor, subnet: SubnetConfig) -> None:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None, subnet: SubnetConfig
+    ) -> None:
         self.calls.append(subnet)
-        self.now += next(self.costs_ms[subnet.name]) / 1e3
+        self.masks.append(attention_mask)
+        if attention_mask is None:
+            self.now += next(self.costs_ms[subnet.name]) / 1e3
+        else:
+            self.now += int(attention_mask.sum()) / 1e3  # a millisecond for each token
 
 
 @pytest.fixture
@@ -68,27 +65,6 @@ def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Next to no warm-up and few samples, where the numbers do not matter."""
     monkeypatch.setattr(latency_module, "_WARMUP_SECONDS", 0.0)
     monkeypatch.setattr(latency_module, "_SLICES", 1)
-
-
-@pytest.fixture
-def table(model: Any) -> LatencyTable:
-    """A table as if measured here and now."""
-    setting = LatencySetting(
-        hardware=table_module.hardware_name("cpu"),
-        device="cpu",
-        threads=2,
-        backend="auto (reference)",
-        dtype="float32",
-        batch_size=1,
-        seq_len=7,
-        model=table_module.describe_model(model),
-        versions=table_module.package_versions(),
-    )
-    rows = [
-        LatencyRow(subnet, ms, ms - 1, ms + 2, ms + 5, 100, 1e3 / ms, "2026-01-02T03:04:05+00:00")
-        for ms, subnet in zip((8.0, 5.0, 6.0, 4.0), GRID, strict=True)
-    ]
-    return LatencyTable(setting, tuple(rows))
 
 
 def test_rows_report_the_samples_of_each_subnet(clock: Clock) -> None:
@@ -114,8 +90,9 @@ def test_subnets_take_turns_and_the_turns_change(clock: Clock) -> None:
     clock.costs_ms = {subnet.name: itertools.repeat(125.0) for subnet in GRID}
     got = measure_latency(clock, GRID, seq_len=7, seconds_per_subnet=3.75, progress=False)
     assert [row.num_samples for row in got.rows] == [30] * len(GRID)
-    rounds = list(zip(*[iter(clock.calls)] * len(GRID), strict=True))[2:]  # after the warm-up
-    assert len(rounds) == 30 + 9  # and a call of each before every slice but the first
+    # Two calls of each warm up, one before every slice is not timed; memory comes last.
+    rounds = list(zip(*[iter(clock.calls)] * len(GRID), strict=True))[2 : 2 + 30 + 10]
+    assert len(rounds) == 40
     assert all(set(turn) == set(GRID) for turn in rounds)
     assert len(set(rounds)) > 5
 
@@ -126,6 +103,12 @@ def test_slow_subnets_still_get_their_samples(clock: Clock) -> None:
     assert [row.num_samples for row in got.rows] == [20] * len(GRID)
 
 
+def test_a_number_of_samples_holds_whatever_the_time(clock: Clock) -> None:
+    clock.costs_ms = {subnet.name: itertools.repeat(500.0) for subnet in GRID}
+    got = measure_latency(clock, GRID, seq_len=7, num_samples=23, progress=False)
+    assert [row.num_samples for row in got.rows] == [23] * len(GRID)
+
+
 def test_an_outlier_is_counted_and_named(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
     steady = {subnet.name: itertools.repeat(10.0) for subnet in GRID[1:]}
     clock.costs_ms = {GRID[0].name: itertools.cycle([10.0, 10.0, 400.0]), **steady}
@@ -133,12 +116,99 @@ def test_an_outlier_is_counted_and_named(clock: Clock, caplog: pytest.LogCapture
         got = measure_latency(clock, GRID, seq_len=7, seconds_per_subnet=9.0, progress=False)
     assert got.rows[0].p99_ms == pytest.approx(400.0)
     assert got.rows[0].median_ms == pytest.approx(10.0)
+    assert got.rows[0].outliers == pytest.approx(1 / 3, abs=0.05)
+    assert [row.outliers for row in got.rows[1:]] == [0.0] * (len(GRID) - 1)
     assert "w1-d1 took 10 to 400 ms" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("spike_ms", "share", "warns"),
+    [(11.9, 0.0, False), (12.2, 0.1, True), (40.0, 0.1, True)],
+    ids=["within-a-fifth", "beyond-a-fifth", "far-out"],
+)
+def test_rare_outliers_are_a_share(
+    clock: Clock,
+    caplog: pytest.LogCaptureFixture,
+    spike_ms: float,
+    share: float,
+    warns: bool,
+) -> None:
+    clock.costs_ms = {"w1-d1": itertools.cycle([*[10.0] * 9, spike_ms])}
+    with caplog.at_level(logging.WARNING):
+        got = measure_latency(clock, GRID[:1], seq_len=7, num_samples=500, progress=False)
+    assert got.rows[0].outliers == pytest.approx(share, abs=0.02)
+    assert ("w1-d1 took far longer than usual in" in caplog.text) is warns
+
+
+def test_jitter_is_no_outlier(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    # A triangle of times from 10 to 14 ms: five deviations reach beyond its end.
+    clock.costs_ms = {"w1-d1": itertools.cycle([10.0, 11.0, 12.0, 13.0, 14.0, 13.0, 12.0, 11.0])}
+    with caplog.at_level(logging.WARNING):
+        got = measure_latency(clock, GRID[:1], seq_len=7, num_samples=200, progress=False)
+    assert got.rows[0].outliers == 0.0
+    assert caplog.text == ""
+
+
+def test_lengths_that_vary_are_no_outliers_and_alike_for_all(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    lengths = Lengths((1, 2, 9, 30), "notes")
+    with caplog.at_level(logging.WARNING):
+        got = measure_latency(
+            clock, GRID, batch_size=2, seq_len=7, num_samples=150, lengths=lengths, progress=False
+        )
+    assert got.setting.lengths == lengths.capped(7).describe()
+    assert got.setting.lengths.startswith("notes: 4 texts, mean 4.2 tokens, ")
+    sizes = [int(mask.sum()) for mask in clock.masks if mask is not None]
+    assert max(sizes) == 14
+    for row in got.rows:
+        assert row.outliers == 0.0
+        assert row.tokens_per_second == pytest.approx(1000.0)
+        assert row.throughput == pytest.approx(1000.0 / 4.25, rel=0.05)
+        assert (row.p99_ms, row.num_samples) == (pytest.approx(14.0), 150)
+    assert caplog.text == ""
+    by_subnet = {
+        subnet: [size for call, size in zip(clock.calls, sizes, strict=True) if call == subnet]
+        for subnet in GRID
+    }
+    assert len({tuple(each[-160:]) for each in by_subnet.values()}) == 1
+
+
+def test_a_captured_model_is_what_is_timed(clock: Clock) -> None:
+    replays: list[SubnetConfig] = []
+    sizes: list[tuple[int, int]] = []
+
+    def capture(batch_size: int, seq_len: int) -> Callable[..., None]:
+        sizes.append((batch_size, seq_len))
+
+        def replay(input_ids: Tensor, attention_mask: Tensor | None, subnet: SubnetConfig) -> None:
+            assert attention_mask is not None and attention_mask.shape == input_ids.shape
+            replays.append(subnet)
+            clock.now += 4e-3
+
+        return replay
+
+    clock.capture = capture
+    got = measure_latency(
+        clock,
+        GRID,
+        batch_size=3,
+        seq_len=9,
+        num_samples=20,
+        lengths=Lengths((4, 5)),
+        capture=True,
+        progress=False,
+    )
+    assert got.setting.captured and "in CUDA graphs" in got.setting.describe()
+    assert sizes == [(3, 5)]
+    assert set(replays) == set(GRID) and not clock.calls
+    assert [row.median_ms for row in got.rows] == pytest.approx([4.0] * len(GRID))
+    assert {row.peak_memory_mib for row in got.rows} == {None}
 
 
 @pytest.mark.usefixtures("quickly")
 def test_setting_says_what_the_numbers_hold_for(model: Any) -> None:
-    setting = measure_latency(model, GRID, **QUICK).setting
+    setting = measure_latency(model, GRID[:1], **QUICK).setting
     assert (setting.batch_size, setting.seq_len, setting.dtype, setting.device) == (
         1,
         7,
@@ -177,7 +247,7 @@ def test_threads_backend_and_mode_come_back(model: Any, fails: bool) -> None:
 @pytest.mark.usefixtures("quickly")
 def test_another_dtype_is_timed_on_a_copy(model: Any) -> None:
     weights = {name: weight.clone() for name, weight in model.state_dict().items()}
-    got = measure_latency(model, GRID[:1], dtype=torch.bfloat16, **QUICK)
+    got = measure_latency(model, GRID[:1], dtype=torch.bfloat16, threads=1, **QUICK)
     assert got.setting.dtype == "bfloat16"
     assert all(torch.equal(weights[n], w) for n, w in model.state_dict().items())
 
@@ -185,7 +255,7 @@ def test_another_dtype_is_timed_on_a_copy(model: Any) -> None:
 @pytest.mark.usefixtures("quickly")
 def test_a_backend_in_force_is_named(model: Any) -> None:
     with use_backend("reference"):
-        assert measure_latency(model, GRID[:1], **QUICK).setting.backend == "reference"
+        assert measure_latency(model, GRID[:1], threads=1, **QUICK).setting.backend == "reference"
 
 
 @pytest.mark.parametrize(
@@ -201,6 +271,9 @@ def test_a_backend_in_force_is_named(model: Any) -> None:
         (GRID, {"backend": "abacus"}, "abacus"),
         ([SubnetConfig(0.3)], {}, "0.3"),
         (GRID, {"seq_len": 34}, "34"),
+        (GRID, {"num_samples": 0}, "num_samples=0"),
+        (GRID, {"device": "meta"}, "device=meta, expected cpu or cuda"),
+        (GRID, {"capture": True}, r"device=cpu, expected a CUDA device"),
     ],
     ids=[
         "no-subnets",
@@ -213,6 +286,9 @@ def test_a_backend_in_force_is_named(model: Any) -> None:
         "no-such-backend",
         "not-whole-heads",
         "too-long",
+        "no-samples",
+        "no-such-device",
+        "capture-on-cpu",
     ],
 )
 def test_bad_requests_are_refused(
@@ -223,129 +299,17 @@ def test_bad_requests_are_refused(
     assert forced_backend() is None
 
 
-def test_file_gives_back_what_was_saved(model: Any, table: LatencyTable, tmp_path: Path) -> None:
-    path = tmp_path / "latency.json"
-    save_latency(table, path)
-    assert load_latency(path, batch_size=1, backend="auto", model=model) == table
-    assert [p.name for p in tmp_path.iterdir()] == ["latency.json"]
+@pytest.mark.usefixtures("quickly")
+def test_memory_of_a_call_is_what_it_has_beyond_the_model(model: Any) -> None:
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("/proc/self/clear_refs is not there: no mark to reset")
 
+    def need_memory(*_: Any) -> None:
+        torch.ones(24 * 2**20, dtype=torch.uint8)
 
-def test_saving_again_replaces_rows_and_keeps_the_rest(table: LatencyTable, tmp_path: Path) -> None:
-    path = tmp_path / "latency.json"
-    extra = replace(table.rows[0], subnet=SubnetConfig(0.25), median_ms=3.0)
-    newer = replace(table, rows=(replace(table.rows[1], median_ms=123.0), extra))
-    other = replace(table, setting=replace(table.setting, batch_size=32))
-    for each in (table, other, newer):
-        save_latency(each, path)
-    merged = load_latency(path, batch_size=1)
-    assert [row.subnet.name for row in merged.rows] == [
-        *(subnet.name for subnet in GRID),
-        "w0.25-d1",
-    ]
-    assert [merged.rows[1].median_ms, merged.rows[0]] == [123.0, table.rows[0]]
-    assert load_latency(path, batch_size=32) == other
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "reason"),
-    [
-        ("hardware", "Abacus Mark II (1 cores)", "measured on Abacus Mark II"),
-        ("versions", {"torch": "0.4"}, "torch 0.4, now"),
-    ],
-    ids=["other-machine", "other-versions"],
-)
-def test_foreign_tables_are_refused_with_the_reason(
-    table: LatencyTable, tmp_path: Path, field: str, value: Any, reason: str
-) -> None:
-    path = tmp_path / "latency.json"
-    foreign = replace(table, setting=replace(table.setting, **{field: value}))
-    save_latency(foreign, path)
-    with pytest.raises(ValueError, match=reason):
-        load_latency(path)
-    assert load_latency(path, allow_foreign=True) == foreign
-    save_latency(table, path)
-    assert load_latency(path, allow_foreign=True) == table
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="torch.cuda.is_available() is True")
-def test_a_table_of_a_gpu_is_foreign_where_there_is_none(
-    table: LatencyTable, tmp_path: Path
-) -> None:
-    path = tmp_path / "latency.json"
-    hardware = "NVIDIA H200 beside Abacus Mark II (1 cores)"
-    setting = replace(table.setting, device="cuda", hardware=hardware)
-    save_latency(replace(table, setting=setting), path)
-    with pytest.raises(ValueError, match=r"NVIDIA H200 .* this machine has no GPU"):
-        load_latency(path)
-
-
-def test_an_ambiguous_choice_lists_the_settings(table: LatencyTable, tmp_path: Path) -> None:
-    path = tmp_path / "latency.json"
-    save_latency(table, path)
-    save_latency(replace(table, setting=replace(table.setting, batch_size=32)), path)
-    with pytest.raises(ValueError, match=r"2 tables(.|\n)*batch 1 x 7(.|\n)*batch 32 x 7"):
-        load_latency(path)
-    with pytest.raises(ValueError, match="no table with batch_size=5"):
-        load_latency(path, batch_size=5)
-
-
-def test_tables_of_another_model_do_not_count(
-    model: Any, table: LatencyTable, tmp_path: Path
-) -> None:
-    path = tmp_path / "latency.json"
-    save_latency(replace(table, setting=replace(table.setting, model="another")), path)
-    with pytest.raises(ValueError, match="no table with model="):
-        load_latency(path, model=model)
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", "{", "[]", '{"schema": 99, "tables": []}', '{"schema": 1}', '{"schema":1,"tables":[{}]}'],
-    ids=["empty", "cut", "list", "schema", "no-tables", "no-fields"],
-)
-def test_a_damaged_file_is_named_and_left_alone(
-    table: LatencyTable, tmp_path: Path, text: str
-) -> None:
-    path = tmp_path / "latency.json"
-    path.write_text(text)
-    for action in (load_latency, lambda p: save_latency(table, p)):
-        with pytest.raises(ValueError, match=r"latency\.json"):
-            action(path)
-    assert path.read_text() == text
-
-
-def test_a_table_json_cannot_express_leaves_the_file_as_it_was(
-    table: LatencyTable, tmp_path: Path
-) -> None:
-    path = tmp_path / "latency.json"
-    save_latency(table, path)
-    before = path.read_text()
-    broken = replace(table, rows=(replace(table.rows[0], median_ms=float("nan")),))
-    with pytest.raises(ValueError, match="JSON"):
-        save_latency(broken, path)
-    assert path.read_text() == before
-    assert [p.name for p in tmp_path.iterdir()] == ["latency.json"]
-
-
-def test_row_is_found_by_a_rounded_fraction(table: LatencyTable) -> None:
-    found = table.row(SubnetConfig(0.5, 0.6667))
-    assert found is not None and found.subnet == SubnetConfig(0.5, 2 / 3)
-    assert table.row(SubnetConfig(0.25)) is None
-
-
-def test_hardware_is_named_without_proc_cpuinfo(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(*_: Any, **__: Any) -> str:
-        raise FileNotFoundError
-
-    monkeypatch.setattr(table_module.Path, "read_text", missing)
-    assert table_module.hardware_name("cpu").split(" (")[0]
-
-
-def test_file_is_plain_json(table: LatencyTable, tmp_path: Path) -> None:
-    path = tmp_path / "latency.json"
-    save_latency(table, path)
-    document = json.loads(path.read_text())
-    assert document["tables"][0]["rows"][0]["subnet"]["width_mult"] == 1.0
+    model.register_forward_pre_hook(need_memory)
+    got = measure_latency(model, GRID[:2], threads=1, **QUICK)
+    assert [row.peak_memory_mib for row in got.rows] == pytest.approx([24.0] * 2, abs=1.5)
 
 
 @pytest.mark.gpu
@@ -353,4 +317,14 @@ def test_gpu_calls_are_timed_to_their_end(model: Any) -> None:
     got = measure_latency(model, GRID, device="cuda", dtype=torch.bfloat16, **QUICK)
     assert got.setting.device == "cuda"
     assert torch.cuda.get_device_name() in got.setting.hardware
+    assert all(row.median_ms > 0 for row in got.rows)
+    assert all(row.peak_memory_mib is not None and row.peak_memory_mib > 0 for row in got.rows)
+
+
+@pytest.mark.gpu
+def test_gpu_calls_are_timed_as_replays(model: Any) -> None:
+    got = measure_latency(
+        model, GRID, device="cuda", dtype=torch.bfloat16, backend="triton", capture=True, **QUICK
+    )
+    assert got.setting.captured
     assert all(row.median_ms > 0 for row in got.rows)

@@ -63,6 +63,30 @@ Backend = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="Backend of every operator; default: chosen per call."),
 ]
+Protocol = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="paper-gpu (100 batches of 128 x 128 on a GPU) or paper-cpu (1 x 128): values for the "
+        "options that are not given.",
+    ),
+]
+LengthsFrom = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Batches of sequences as long as the texts of a CSV, TSV or JSONL file, cut to "
+        "--seq-len; --text-column and --pair-column name its columns.",
+    ),
+]
+Subnets = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LIST",
+        help="These alone: WIDTHxDEPTH such as 0.5x1,1/4x1/2, or names such as h6.4-i512-l0.2.",
+        rich_help_panel=METHOD,
+    ),
+]
 Seconds = Annotated[float, typer.Option(help="Time to spend on each subnet, in seconds.")]
 
 
@@ -75,11 +99,26 @@ def parse_fractions(option: str, text: str | None) -> tuple[float, ...] | None:
     if text is None:
         return None
     try:
-        return tuple(SubnetConfig.parse(part).width_mult for part in text.split(","))
+        subnets = [SubnetConfig.parse(part) for part in text.split(",")]
+        if any(subnet != SubnetConfig(subnet.width_mult) for subnet in subnets):
+            raise ValueError("These are whole subnets.")
     except ValueError as error:
         raise ValueError(
             f"{option}: {text!r}, expected numbers in (0, 1] such as 1,0.75,1/2. ({error})"
         ) from error
+    return tuple(subnet.width_mult for subnet in subnets)
+
+
+def parse_subnets(text: str) -> list[SubnetConfig]:
+    """Subnets by fractions or by name, between commas.
+
+    Raises:
+        ValueError: A part is neither.
+    """
+    try:
+        return [SubnetConfig.parse(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"--subnets: {text!r}, expected a list of subnets. ({error})") from error
 
 
 def parse_device(name: str | None) -> str:

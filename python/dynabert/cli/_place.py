@@ -105,8 +105,35 @@ class ModelPlace:
             model.subnet_shape(subnet)
         return grid
 
+    def uneven_subnets(self) -> list[SubnetConfig]:
+        """The evaluated subnets that are no cell of a grid of widths and depths."""
+        from dynabert.report import GridReport
+
+        if not self.grid_json.exists():
+            return []
+        return [row.subnet for row in GridReport.load(self.grid_json).rows if not row.is_uniform]
+
     def save_report(self, report: GridReport) -> None:
         """Write ``grid.json``, ``grid.md`` and, where latencies are known, ``grid.png``."""
+        from dynabert.latency_file import locked
+
+        with locked(self.path):
+            self._write_report(report)
+
+    def add_latency(self, table: LatencyTable) -> GridReport | None:
+        """Save latencies, and show them in the grid where there is one; returns it."""
+        from dynabert.latency_file import locked, merge_latency
+        from dynabert.report import GridReport
+
+        with locked(self.path):
+            whole = merge_latency(table, self.latency_json)  # with what was timed before
+            if not self.grid_json.exists():
+                return None
+            report = GridReport.load(self.grid_json).with_latency(whole)
+            self._write_report(report)
+        return report
+
+    def _write_report(self, report: GridReport) -> None:
         from dynabert.report import plot_pareto, render_grid
 
         write_bytes(self.path / "grid.md", render_grid(report).encode())
@@ -117,25 +144,3 @@ class ModelPlace:
             plot_pareto(report, self.path / "grid.png")
         except ImportError as error:
             _log.warning("no plot: %s", error)
-
-    def add_latency(self, table: LatencyTable) -> GridReport | None:
-        """Save latencies, and show them in the grid where there is one; returns it."""
-        from dynabert.latency import load_latency, save_latency
-        from dynabert.report import GridReport
-
-        save_latency(table, self.latency_json)
-        if not self.grid_json.exists():
-            return None
-        setting = table.setting
-        whole = load_latency(  # with the subnets that were timed before
-            self.latency_json,
-            batch_size=setting.batch_size,
-            seq_len=setting.seq_len,
-            device=setting.device,
-            threads=setting.threads,
-            dtype=setting.dtype,
-            backend=setting.backend,
-        )
-        report = GridReport.load(self.grid_json).with_latency(whole)
-        self.save_report(report)
-        return report
