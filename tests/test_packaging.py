@@ -166,6 +166,7 @@ def test_wheel_without_extension_is_pure_and_imports(tree: Path) -> None:
     assert "dynabert/subnet.py" in names
     assert {"dynabert/py.typed", "dynabert_kernels/py.typed"} <= set(names)
     assert "dynabert_kernels/triton/proven.json" in names
+    assert {f"dynabert/report_page/page.{kind}" for kind in ("html", "css", "js")} <= set(names)
     assert not [name for name in names if name.endswith((".so", ".cpp"))]
 
 

@@ -32,7 +32,7 @@ DEPTH_AXIS = "depth (fraction of layers)"
 _AXES = f"Rows: {WIDTH_AXIS}; columns: {DEPTH_AXIS}."
 _NOTHING = "-"
 # Factor, unit and decimals; a metric not named here is shown as it is.
-_METRIC_SCALES: dict[str, tuple[float, str, int]] = {
+METRIC_SCALES: dict[str, tuple[float, str, int]] = {
     "accuracy": (100.0, "%", 1),
     "exact_match": (100.0, "%", 1),
     "f1": (100.0, "%", 1),
@@ -105,8 +105,9 @@ class GridReport:
 
     @property
     def mean(self) -> float:
-        """Mean of the primary metric over the grid."""
-        return grid_mean(self.rows)
+        """Mean of the primary metric over the grid of widths and depths; uneven subnets, which a
+        search adds to it, count only where there are no others."""
+        return grid_mean([row for row in self.rows if row.is_uniform] or self.rows)
 
     def with_latency(self, table: LatencyTable) -> GridReport:
         """A copy with the latencies of `table`; subnets it has not timed have none."""
@@ -246,7 +247,7 @@ def render_grid(report: GridReport, style: Style = "markdown") -> str:
         raise ValueError(
             f"render_grid: style={style!r}, expected {' or '.join(STYLES)}. markdown suits files."
         )
-    shown = _metric_label(report.primary_metric)
+    shown = metric_label(report.primary_metric)
     scores = [_metric_value(report.primary_metric, row.primary) for row in report.rows]
     mean = _metric_value(report.primary_metric, report.mean)
     sections = [
@@ -295,7 +296,7 @@ def _details(report: GridReport) -> tuple[str, list[list[str]]]:
         "neurons": [_span(row.intermediate_size) for row in rows],
     }
     for name in rows[0].metrics:
-        columns[_metric_label(name)] = [_metric_value(name, row.metrics[name]) for row in rows]
+        columns[metric_label(name)] = [_metric_value(name, row.metrics[name]) for row in rows]
     columns["parameters (M)"] = [f"{row.parameters / 1e6:.1f}" for row in rows]
     columns["GFLOPs"] = [f"{row.flops / 1e9:.2f}" for row in rows]
     if report.latency_setting is not None:
@@ -330,7 +331,7 @@ def plot_pareto(report: GridReport, path: Path | str) -> None:
             group=_depth_group(row),
             x=row.median_ms,
             x_range=None if row.p20_ms is None or row.p80_ms is None else (row.p20_ms, row.p80_ms),
-            y=row.primary * _METRIC_SCALES.get(metric, (1.0, "", 4))[0],
+            y=row.primary * METRIC_SCALES.get(metric, (1.0, "", 4))[0],
         )
         for row in report.rows
         if row.median_ms is not None
@@ -345,17 +346,17 @@ def plot_pareto(report: GridReport, path: Path | str) -> None:
         path,
         title=f"{report.task}: every subnet, labelled (width, depth)\n{report.latency_setting}",
         x_label="latency of one batch, median (ms); bars from p20 to p80",
-        y_label=_metric_label(metric),
+        y_label=metric_label(metric),
         front_label="Pareto front",
     )
 
 
-def _metric_label(name: str) -> str:
-    return f"{name} ({_METRIC_SCALES[name][1]})" if name in _METRIC_SCALES else name
+def metric_label(name: str) -> str:
+    return f"{name} ({METRIC_SCALES[name][1]})" if name in METRIC_SCALES else name
 
 
 def _metric_value(name: str, value: float) -> str:
-    factor, _, decimals = _METRIC_SCALES.get(name, (1.0, "", 4))
+    factor, _, decimals = METRIC_SCALES.get(name, (1.0, "", 4))
     return f"{value * factor:.{decimals}f}"
 
 
@@ -391,15 +392,15 @@ def _front(report: GridReport) -> list[int]:
 
 
 def _depth_group(row: SubnetRecord) -> str:
+    if not row.is_uniform:
+        return "each layer its own width"
     layers = f"{row.num_layers} layer{'s' if row.num_layers != 1 else ''}"
-    return (
-        f"depth {format_fraction(row.subnet.depth_mult)} ({layers})" if row.is_uniform else layers
-    )
+    return f"depth {format_fraction(row.subnet.depth_mult)} ({layers})"
 
 
 def _plot_label(row: SubnetRecord) -> str:
     if not row.is_uniform:
-        return row.subnet.name
+        return ""  # a name with numbers for each layer would cover its neighbours
     width, depth = (format_fraction(f) for f in (row.subnet.width_mult, row.subnet.depth_mult))
     return f"({width}, {depth})"
 

@@ -2,11 +2,11 @@
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 Problem = Literal[
     "classification", "regression", "token-classification", "question-answering", "none"
@@ -96,6 +96,7 @@ class TaskData:
         fingerprint: SHA-256 over the files (or texts) and the options they were read with.
         train_file: The file that the lines of training examples count in, where there is one.
         validation_file: The same for validation examples.
+        options: What was asked for, as plain values: which files, columns and rows.
     """
 
     spec: TaskSpec
@@ -105,6 +106,7 @@ class TaskData:
     fingerprint: str
     train_file: Path | None = None
     validation_file: Path | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def holdout_split(examples: Sequence[_Item], n: int, seed: int) -> tuple[list[_Item], list[_Item]]:

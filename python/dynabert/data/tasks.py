@@ -154,7 +154,19 @@ def load_task(
         "label_column": label_column,
         "with_train": with_train,
     }
-    return replace(data, fingerprint=_fingerprint(data.fingerprint, options))
+    given = {
+        "data_dir": folder and str(folder),
+        "train_file": train_file and str(train_file),
+        "validation_file": validation_file and str(validation_file),
+        "text_column": text_column,
+        "pair_column": pair_column,
+        "label_column": label_column,
+        "problem": problem,
+        "from_hub": from_hub,
+        "balanced": balanced,
+        "max_train_rows": max_train_rows,
+    }
+    return replace(data, fingerprint=_fingerprint(data.fingerprint, options), options=given)
 
 
 def _load_stdlib(folder: Path | None) -> TaskData:

@@ -61,6 +61,7 @@ class RunFolder:
                 "train_rows": len(data.train),
                 "validation_rows": len(data.validation),
             },
+            "data_options": dict(data.options),
             # The content of the augmented file, wherever it lies.
             "augmented": run.augmented_file and file_digest(run.augmented_file),
             "arguments": run.to_dict(),
