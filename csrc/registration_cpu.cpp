@@ -80,6 +80,15 @@ std::map<std::string, std::int64_t> stats_by_name() {
           {"builds", stats.builds}};
 }
 
+std::map<std::string, std::int64_t> bytes_by_form() {
+  static const std::string kNames[] = {"float32", "bfloat16", "int8"};  // in the order of Compute
+  std::map<std::string, std::int64_t> forms;
+  for (const auto& [compute, bytes] : prepared_stats().bytes_by_form) {
+    forms[kNames[static_cast<std::size_t>(compute)]] = bytes;
+  }
+  return forms;
+}
+
 at::Tensor activate(const std::string& name, const at::Tensor& x) {
   const at::Tensor from = x.to(at::kFloat).contiguous();
   at::Tensor to = at::empty_like(from);
@@ -114,7 +123,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("parallel_for_threads", &parallel_for_threads, "Threads at::parallel_for runs on now.");
   m.def("prepared_stats", &stats_by_name,
         "Prepared weights: entries, bytes, and how often one was found or built.");
-  m.def("clear_prepared", &clear_prepared, "Frees every prepared form.");
+  m.def("prepared_forms", &bytes_by_form, "Bytes of the prepared weights of each precision.");
+  m.def("clear_prepared", &clear_prepared, "Frees every prepared form that can be built again.");
   m.def("invalidate_prepared", &invalidate_prepared,
         "Forgets what was prepared from the storage of a tensor; returns the number of forms.");
   m.def("neuron_group", [] { return kNeuronGroup; }, "Neurons of one reduction block.");

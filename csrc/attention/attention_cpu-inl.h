@@ -29,8 +29,9 @@ void attention_qkv(const AttentionArgs& args, std::int64_t first, std::int64_t l
   const std::int64_t head_panels = 3 * part_panels, panel_bytes = panels.qkv_steps * kStepBytes;
   const float query_scale = 1.4426950409f / __builtin_sqrtf(static_cast<float>(dim));
   ScratchFrame frame;
-  const Tokens tokens = stage_tokens(panels.compute, args.rows.element, args.rows.hidden,
-                                     panels.hidden_size, first, last, frame);
+  const Tokens tokens =
+      stage_tokens(panels.compute, args.rows.element, args.rows.hidden, panels.hidden_size, first,
+                   last, frame, spread_of(panels.hidden_size));
   auto* qkv = static_cast<CoreElement<Dot>*>(args.qkv);
   for (std::int64_t begin = first_panel; begin < last_panel;) {
     const std::int64_t head = begin / head_panels;

@@ -33,6 +33,16 @@ constexpr std::int64_t per_unit(Compute compute) {
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 constexpr std::int64_t round_up(std::int64_t a, std::int64_t b) { return ceil_div(a, b) * b; }
 
+// Vectors of 16 channels that int8 mixes with each other before it quantises a token of the
+// residual stream (`spread` in dynabert_kernels/quantization.py): the largest power of two that
+// divides the channels, and no more than fit the registers.
+constexpr std::int64_t kMostSpread = 16;
+constexpr std::int64_t spread_of(std::int64_t hidden_size) {
+  std::int64_t vectors = 1;
+  while (vectors < kMostSpread && hidden_size % (2 * vectors * kLanes) == 0) vectors *= 2;
+  return vectors;
+}
+
 // Type of queries, keys, values and probabilities: int8 quantises only the projections.
 constexpr Compute core_of(Compute compute) {
   return compute == Compute::kBFloat16 ? Compute::kBFloat16 : Compute::kFloat32;

@@ -147,16 +147,68 @@ inline void norm_row(const NormWeights& norm, const Rows& rows, std::int64_t row
   }
 }
 
-// Symmetric int8 of one row: q = round(x * 127 / max|x|), zeros up to `padded` (a multiple of 16).
-// Returns the scale; `offset` is what unsigned weights make of each product: 128 * sum(q).
-// A NaN in the row makes the scale NaN, and with it every product of the row.
-inline float quantize_row(const float* x, std::int64_t count, std::int64_t padded, std::int8_t* q,
-                          std::int32_t* offset) {
+// Largest magnitude of a row; NaN if there is one in it.
+inline float largest_of(const float* x, std::int64_t count) {
   F32x16 largest = zero();
   for (std::int64_t i = 0; i < count; i += kLanes) {
     largest = max_or_nan(largest, abs(load(x + i, smaller(kLanes, count - i))));
   }
-  const float limit = max_or_nan_of(largest);
+  return max_or_nan_of(largest);
+}
+
+// The Hadamard transform of kVectors neighbouring vectors, in registers: `count` elements are left,
+// which only a vector on its own may exceed. Returns their largest magnitudes.
+template <int kVectors>
+inline F32x16 spread_block(Element element, const void* base, std::int64_t at, std::int64_t count,
+                           float* to) {
+  F32x16 x[kVectors];
+#pragma GCC unroll 16
+  for (int i = 0; i < kVectors; ++i) {
+    const std::int64_t n = kVectors == 1 ? smaller(kLanes, count) : kLanes;
+    x[i] = load_element(element, base, at + i * kLanes, n);
+  }
+#pragma GCC unroll 4
+  for (int stride = 1; stride < kVectors; stride *= 2) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kVectors; ++i) {
+      if ((i & stride) != 0) continue;
+      const F32x16 first = x[i], second = x[i + stride];
+      x[i] = add(first, second);
+      x[i + stride] = sub(first, second);
+    }
+  }
+  F32x16 largest = zero();
+#pragma GCC unroll 16
+  for (int i = 0; i < kVectors; ++i) {
+    store(to + i * kLanes, x[i]);
+    largest = max_or_nan(largest, abs(x[i]));
+  }
+  return largest;
+}
+
+// One token as floats, `spread` vectors mixed at a time; returns its largest magnitude, or NaN if
+// there is one in it.
+//   to  [round_up(count, 16)]
+template <int kVectors = kMostSpread>
+float spread_row(Element element, const void* base, std::int64_t at, std::int64_t count,
+                 std::int64_t spread, float* to) {
+  if constexpr (kVectors > 1) {
+    if (spread < kVectors) {
+      return spread_row<kVectors / 2>(element, base, at, count, spread, to);
+    }
+  }
+  F32x16 largest = zero();
+  for (std::int64_t i = 0; i < count; i += kVectors * kLanes) {
+    largest = max_or_nan(largest, spread_block<kVectors>(element, base, at + i, count - i, to + i));
+  }
+  return max_or_nan_of(largest);
+}
+
+// Symmetric int8 of one row: q = round(x * 127 / limit) with limit = max|x|, zeros up to `padded`
+// (a multiple of 16). Returns the scale; `offset` is what unsigned weights make of each product:
+// 128 * sum(q). A NaN in the row makes the scale NaN, and with it every product of the row.
+inline float quantize_row(const float* x, float limit, std::int64_t count, std::int64_t padded,
+                          std::int8_t* q, std::int32_t* offset) {
   // Below 3.7e-37 the quotient would be infinite, which no integer is.
   const float ratio = limit == 0.0f ? 0.0f : 127.0f / limit;
   const F32x16 inverse = set1(ratio > __FLT_MAX__ ? __FLT_MAX__ : ratio);
@@ -182,8 +234,10 @@ struct Tokens {
 };
 
 // Rows of `count` elements as units of `compute`, zeros up to `stride` units.
+//   spread  vectors that int8 mixes before it quantises; 1 for none
 inline Tokens stage_tokens(Compute compute, Element element, const void* base, std::int64_t count,
-                           std::int64_t first, std::int64_t last, ScratchFrame& frame) {
+                           std::int64_t first, std::int64_t last, ScratchFrame& frame,
+                           std::int64_t spread = 1) {
   const std::int64_t units = ceil_div(count, per_unit(compute));
   const bool as_is = count % per_unit(compute) == 0 &&
                      reinterpret_cast<std::uintptr_t>(base) % sizeof(std::uint32_t) == 0 &&
@@ -200,24 +254,20 @@ inline Tokens stage_tokens(Compute compute, Element element, const void* base, s
   auto* wide = static_cast<float*>(frame.take(padded * sizeof(float)));
   for (std::int64_t row = 0; row < rows; ++row) {
     std::uint32_t* to = staged + row * stride;
-    for (std::int64_t i = 0; i < padded; i += kLanes) {
-      const F32x16 x =
-          load_element(element, base, (first + row) * count + i, smaller(kLanes, count - i));
-      switch (compute) {
-        case Compute::kFloat32:
-          store(reinterpret_cast<float*>(to) + i, x);
-          break;
-        case Compute::kBFloat16:
-          store_bf16(reinterpret_cast<std::uint16_t*>(to) + i, x);
-          break;
-        case Compute::kInt8:
-          store(wide + i, x);
-          break;
-      }
-    }
+    const std::int64_t at = (first + row) * count;
     if (compute == Compute::kInt8) {
-      scales[row] =
-          quantize_row(wide, count, padded, reinterpret_cast<std::int8_t*>(to), offsets + row);
+      const float limit = spread_row(element, base, at, count, spread, wide);
+      scales[row] = quantize_row(wide, limit, count, padded, reinterpret_cast<std::int8_t*>(to),
+                                 offsets + row);
+      continue;
+    }
+    for (std::int64_t i = 0; i < padded; i += kLanes) {
+      const F32x16 x = load_element(element, base, at + i, smaller(kLanes, count - i));
+      if (compute == Compute::kFloat32) {
+        store(reinterpret_cast<float*>(to) + i, x);
+      } else {
+        store_bf16(reinterpret_cast<std::uint16_t*>(to) + i, x);
+      }
     }
   }
   return {staged, stride, scales, offsets};

@@ -43,6 +43,9 @@ PanelMemory::~PanelMemory() { munmap(mapped_, mapped_bytes_); }
 
 namespace {
 
+// Released weights have none.
+bool has_memory(const c10::StorageImpl& storage) { return storage.nbytes() > 0; }
+
 // What a prepared form was made from. The storage is held weakly: it may be freed, and its address
 // used again, without the key being mistaken for that of the newcomer.
 struct Source {
@@ -99,6 +102,11 @@ struct Entry {
     }
     return false;
   }
+  // Whether the weights are gone and this form is what is left of them.
+  bool is_released() const {
+    const auto storage = sources[0].storage.lock();
+    return storage && !has_memory(*storage);
+  }
 };
 
 class Cache {
@@ -119,6 +127,12 @@ class Cache {
       entries_.erase(at);
       break;
     }
+    for (const at::Tensor& tensor : weights) {
+      DYNABERT_CHECK_VALUE(
+          tensor.numel() == 0 || has_memory(*tensor.storage().unsafeGetStorageImpl()),
+          "prepared weights", "weights", "released", "a form and settings that were kept",
+          "Load the model again");
+    }
     drop_dead();
     // Built under the lock: threads that ask for the same weights wait for one form.
     const std::shared_ptr<const Prepared> prepared = build();
@@ -136,14 +150,17 @@ class Cache {
   PreparedStats stats() {
     const std::lock_guard<std::mutex> lock(mutex_);
     drop_dead();
-    std::int64_t bytes = 0;
-    for (const auto& [key, entry] : entries_) bytes += entry.bytes;
-    return {static_cast<std::int64_t>(entries_.size()), bytes, hits_, builds_};
+    PreparedStats stats{static_cast<std::int64_t>(entries_.size()), 0, hits_, builds_, {}};
+    for (const auto& [key, entry] : entries_) {
+      stats.bytes += entry.bytes;
+      stats.bytes_by_form[std::get<Compute>(key)] += entry.bytes;
+    }
+    return stats;
   }
 
   void clear() {
     const std::lock_guard<std::mutex> lock(mutex_);
-    entries_.clear();
+    std::erase_if(entries_, [](const auto& item) { return !item.second.is_released(); });
   }
 
   std::int64_t invalidate(const at::Tensor& tensor) {
@@ -184,6 +201,19 @@ void check_finite(const char* who, const char* name, const at::Tensor& tensor) {
   DYNABERT_CHECK_VALUE(at::isfinite(tensor).all().item<bool>(), who, name,
                        "a tensor with NaN or infinity", "finite weights",
                        "int8 has no form for them; look for the step that made them");
+}
+
+// Weights of a product that reads the residual stream, [..., C]: where int8 mixes the channels of a
+// token, those of a weight are mixed too, by the inverse, so that the product stays the same.
+at::Tensor spread_weight(const at::Tensor& weight) {
+  const std::int64_t vectors = spread_of(weight.size(-1));
+  at::Tensor spread = weight;
+  for (std::int64_t stride = kLanes; stride < vectors * kLanes; stride *= 2) {
+    const at::Tensor pairs = spread.reshape({-1, 2, stride});
+    const at::Tensor first = pairs.select(1, 0), second = pairs.select(1, 1);
+    spread = at::stack({first + second, first - second}, 1);
+  }
+  return (spread / static_cast<double>(vectors)).reshape(weight.sizes());
 }
 
 // Largest |w| / 127 over all other dimensions; 1 where that is zero.
@@ -231,7 +261,8 @@ void add_norm(Floats& floats, NormWeights& norm, const at::Tensor& bias, const a
 
 std::shared_ptr<const PreparedFfn> build_ffn(const WeightTensors& weights, double eps,
                                              Activation activation, Compute compute) {
-  const at::Tensor up = as_float(weights[0]), down = as_float(weights[2]);
+  at::Tensor up = as_float(weights[0]);
+  const at::Tensor down = as_float(weights[2]);
   const std::int64_t neurons = up.size(0), hidden = up.size(1), unit = per_unit(compute);
   const std::int64_t c16 = round_up(hidden, kLanes), groups = ceil_div(neurons, kNeuronGroup);
   const std::int64_t up_steps = ceil_div(hidden, unit), down_steps = kNeuronGroup / unit;
@@ -241,6 +272,7 @@ std::shared_ptr<const PreparedFfn> build_ffn(const WeightTensors& weights, doubl
   if (compute == Compute::kInt8) {
     check_finite("ffn", "up_weight", up);
     check_finite("ffn", "down_weight", down);
+    up = spread_weight(up);
     up_scale = scales_of(up, 1);
     down_scale = scales_of(down, 0);
   }
@@ -280,7 +312,8 @@ std::shared_ptr<const PreparedFfn> build_ffn(const WeightTensors& weights, doubl
 
 std::shared_ptr<const PreparedAttention> build_attention(const WeightTensors& weights, double eps,
                                                          Compute compute) {
-  const at::Tensor qkv = as_float(weights[0]), out = as_float(weights[2]);
+  at::Tensor qkv = as_float(weights[0]);
+  const at::Tensor out = as_float(weights[2]);
   const std::int64_t heads = qkv.size(0), dim = qkv.size(2), hidden = qkv.size(3);
   const std::int64_t unit = per_unit(compute);
   const std::int64_t c16 = round_up(hidden, kLanes), d16 = round_up(dim, kLanes);
@@ -291,6 +324,7 @@ std::shared_ptr<const PreparedAttention> build_attention(const WeightTensors& we
   if (compute == Compute::kInt8) {
     check_finite("attention", "qkv_weight", qkv);
     check_finite("attention", "out_weight", out);
+    qkv = spread_weight(qkv);
     qkv_scale = scales_of(qkv, 3);
     out_scale = scales_of(out.reshape({heads * dim, hidden}), 0);
   }

@@ -7,6 +7,7 @@
 
 #include <array>
 #include <cstdint>
+#include <map>
 #include <memory>
 
 #include "cpu/kernel_table.h"
@@ -50,7 +51,7 @@ using WeightTensors = std::array<at::Tensor, 6>;
 
 // The prepared form of these weights: the cached one, or a new one if there is none or a tensor has
 // changed since. Safe to call from any thread. Throws ValueError where int8 meets a weight that is
-// not finite.
+// not finite, or where the weights were released and this form was not made before.
 std::shared_ptr<const PreparedFfn> prepared_ffn(const WeightTensors& weights, double eps,
                                                 Activation activation, Compute compute);
 std::shared_ptr<const PreparedAttention> prepared_attention(const WeightTensors& weights,
@@ -58,8 +59,11 @@ std::shared_ptr<const PreparedAttention> prepared_attention(const WeightTensors&
 
 struct PreparedStats {
   std::int64_t entries, bytes, hits, builds;
+  std::map<Compute, std::int64_t> bytes_by_form;
 };
 PreparedStats prepared_stats();
+// Frees all forms but those of released weights, whose tensors are left without memory: nothing
+// could build these again.
 void clear_prepared();
 // Forgets what was prepared from `tensor`'s storage; returns how many entries that were.
 std::int64_t invalidate_prepared(const at::Tensor& tensor);

@@ -70,9 +70,9 @@ Tokens ffn_inner_tokens(const void* inner, const FfnGroup& part, std::int64_t ro
     auto* scales = static_cast<float*>(frame.take(rows * sizeof(float)));
     auto* offsets = static_cast<std::int32_t*>(frame.take(rows * sizeof(std::int32_t)));
     for (std::int64_t row = 0; row < rows; ++row) {
+      const float* x = static_cast<const float*>(inner) + row * kNeuronGroup;
       scales[row] =
-          quantize_row(static_cast<const float*>(inner) + row * kNeuronGroup, part.neurons,
-                       round_up(part.neurons, kLanes),
+          quantize_row(x, largest_of(x, part.neurons), part.neurons, round_up(part.neurons, kLanes),
                        reinterpret_cast<std::int8_t*>(units + row * stride), offsets + row);
     }
     return {units, stride, scales, offsets};
@@ -112,8 +112,9 @@ void ffn_block(const FfnArgs& args, std::int64_t first, std::int64_t last) {
   const FfnPanels& panels = *args.panels;
   const std::int64_t rows = last - first, c16 = round_up(panels.hidden_size, kLanes);
   ScratchFrame frame;
-  const Tokens tokens = stage_tokens(panels.compute, args.rows.element, args.rows.hidden,
-                                     panels.hidden_size, first, last, frame);
+  const Tokens tokens =
+      stage_tokens(panels.compute, args.rows.element, args.rows.hidden, panels.hidden_size, first,
+                   last, frame, spread_of(panels.hidden_size));
   auto* sums = static_cast<float*>(frame.take(rows * c16 * sizeof(float)));
   void* inner = frame.take(rows * kNeuronGroup * sizeof(float));
   for (std::int64_t group = 0; group * kNeuronGroup < args.neurons; ++group) {
@@ -135,8 +136,9 @@ void ffn_up_shared(const FfnArgs& args, std::int64_t tokens_count, std::int64_t 
   constexpr std::int64_t kGroupPanels = kNeuronGroup / kLanes;
   const std::int64_t element = std::is_same_v<Dot, DotBFloat16> ? 2 : 4;
   ScratchFrame frame;
-  const Tokens tokens = stage_tokens(panels.compute, args.rows.element, args.rows.hidden,
-                                     panels.hidden_size, 0, tokens_count, frame);
+  const Tokens tokens =
+      stage_tokens(panels.compute, args.rows.element, args.rows.hidden, panels.hidden_size, 0,
+                   tokens_count, frame, spread_of(panels.hidden_size));
   for (std::int64_t panel = first_panel; panel < last_panel;) {
     const std::int64_t group = panel / kGroupPanels;
     const std::int64_t end = smaller(last_panel, (group + 1) * kGroupPanels);

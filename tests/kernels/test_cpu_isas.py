@@ -131,6 +131,29 @@ def test_attention_is_as_accurate_as_the_reference(
         assert_rows_agree(actual, scalar)
 
 
+# From no two vectors of channels mixed to sixteen, in one block or several.
+@pytest.mark.parametrize("hidden_size", [48, 96, 64, 128, 256, 512], ids="c{}".format)
+def test_int8_spreads_channels_as_the_reference_does(isa: str, hidden_size: int) -> None:
+    hidden, neurons = ffn_inputs(25, "int8", hidden_size)
+    hidden[:, hidden_size // 3] *= 20
+    heads = replace(random_attention(2, 8, hidden_size), quantization="int8")
+
+    def run(backend: str) -> tuple[Tensor, Tensor]:
+        with torch.no_grad(), use_backend(backend):
+            offsets = offsets_of([25])
+            attended = attention(hidden, heads, num_heads=2, cu_seqlens=offsets, max_seqlen=25)
+            return attended, ffn(hidden, neurons, intermediate_size=100)
+
+    attended, fed = run("cpu")
+    expected = run("reference")
+    assert_rows_agree(attended, expected[0])
+    assert_rows_agree(fed, expected[1])
+    hidden[:3, 5] = torch.tensor([math.nan, math.inf, -math.inf])
+    broken = run("cpu")[1]
+    assert broken[:3].isnan().all()
+    assert torch.equal(broken[3:], fed[3:])
+
+
 @pytest.mark.parametrize("compute", COMPUTE)
 def test_a_token_has_the_same_bits_in_any_batch_on_any_threads(isa: str, compute: str) -> None:
     hidden, weights = ffn_inputs(63, compute)

@@ -220,7 +220,7 @@ def cases(draw: st.DrawFn, op: str) -> Case:
     lengths = draw(st.lists(length, max_size=4))
     width = st.integers(1, limit)
     each = st.tuples(*[width for _ in lengths])
-    hidden_size = draw(st.integers(1, 20) | st.integers(21, 200))
+    hidden_size = draw(st.integers(1, 20) | st.integers(21, 200) | st.sampled_from([96, 256]))
     return Case(
         form=draw(st.sampled_from(list(FORMS))),
         hidden_size=hidden_size,

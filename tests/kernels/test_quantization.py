@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from dataclasses import replace
 from importlib.util import find_spec
 
@@ -18,6 +19,8 @@ from dynabert_kernels.quantization import (
     integer_product,
     quantize_channels,
     quantize_rows,
+    spread,
+    spread_factor,
 )
 from dynabert_kernels.testing import (
     converted,
@@ -30,7 +33,7 @@ from dynabert_kernels.testing import (
 from dynabert_kernels.triton.availability import DEVICE
 from dynabert_kernels.varlen import offsets_of
 
-HEADS, HEAD_DIM, HIDDEN = 3, 8, 24
+HEADS, HEAD_DIM, HIDDEN = 3, 8, 32  # the fewest channels that are mixed
 NEURONS = NEURON_GROUP + 44  # a whole group and a part of one
 HEAD_WEIGHTS = replace(random_attention(HEADS, HEAD_DIM, HIDDEN), quantization="int8")
 NEURON_WEIGHTS = replace(random_ffn(NEURONS, HIDDEN), quantization="int8")
@@ -56,7 +59,7 @@ def run_ffn(hidden, weights=NEURON_WEIGHTS, neurons=NEURONS, **more):
 
 def single(value):
     """A number rounded to float32, as a Python float."""
-    return torch.tensor(value, dtype=torch.float64).float().item()
+    return struct.unpack("f", struct.pack("f", value))[0]
 
 
 def whole(value):
@@ -81,6 +84,25 @@ def loop_dot(token, row, row_scale):
     return total * single(largest / 127) * row_scale
 
 
+def loop_spread(numbers):
+    """Each channel with those 16, 32, .. apart in its block, by the signs of Hadamard's matrix."""
+    block = math.gcd(len(numbers), 256)
+    if block < 32:
+        return numbers
+    mixed = []
+    for c in range(len(numbers)):
+        place, start = c % block // 16, c // block * block + c % 16
+        signs = [(-1) ** (place & other).bit_count() for other in range(block // 16)]
+        mixed.append(single(sum(s * numbers[start + 16 * i] for i, s in enumerate(signs))))
+    return mixed
+
+
+def loop_row(row):
+    """A row of weights that meets a spread token."""
+    factor = max(1, math.gcd(len(row), 256) // 16)
+    return [x / factor for x in loop_spread(row)]
+
+
 def loop_norm(total, weights):
     mean = sum(total) / len(total)
     deviation = math.sqrt(sum((x - mean) ** 2 for x in total) / len(total) + weights.norm_eps)
@@ -89,15 +111,15 @@ def loop_norm(total, weights):
 
 
 def loop_ffn(hidden, weights, neurons):
-    up, bias = weights.up_weight.tolist(), weights.up_bias.tolist()
+    up, bias = [loop_row(row) for row in weights.up_weight.tolist()], weights.up_bias.tolist()
     down, down_bias = weights.down_weight.tolist(), weights.down_bias.tolist()
     channels = range(weights.hidden_size)
     scales = [loop_scale([row[c] for row in down]) for c in channels]
     rows = []
     for token in hidden.tolist():
-        inner = []
+        inner, mixed = [], loop_spread(token)
         for n in range(neurons):
-            value = loop_dot(token, up[n], loop_scale(up[n])) + bias[n]
+            value = loop_dot(mixed, up[n], loop_scale(up[n])) + bias[n]
             inner.append(single(0.5 * value * (1 + math.erf(value / math.sqrt(2)))))
         total = list(map(sum, zip(token, down_bias, strict=True)))
         for start in range(0, neurons, NEURON_GROUP):
@@ -110,7 +132,8 @@ def loop_ffn(hidden, weights, neurons):
 
 
 def loop_attention(hidden, weights, heads, lengths):
-    qkv, bias = weights.qkv_weight.tolist(), weights.qkv_bias.tolist()
+    bias = weights.qkv_bias.tolist()
+    qkv = [[[loop_row(row) for row in part] for part in h] for h in weights.qkv_weight.tolist()]
     out = weights.out_weight.flatten(0, 1).tolist()
     channels = range(weights.hidden_size)
     scales = [loop_scale([row[c] for row in out]) for c in channels]
@@ -125,7 +148,7 @@ def loop_attention(hidden, weights, heads, lengths):
             ]
             for h in range(heads)
         ]
-        for token in hidden.tolist()
+        for token in map(loop_spread, hidden.tolist())
     ]
     parts = torch.tensor(projected)  # [T, H, 3, D]
     contexts = []
@@ -212,6 +235,34 @@ def test_one_width_per_sequence_equals_each_alone():
         alone = run_attention(tokens, heads=int(heads[row]), lengths=[len(tokens)])
         torch.testing.assert_close(mixed_heads[place], alone)
         torch.testing.assert_close(mixed_neurons[place], run_ffn(tokens, neurons=int(neurons[row])))
+
+
+SIZES = [7, 16, 24, 32, 48, 64, 96, 200, 256, 384, 768, 1024]
+
+
+@pytest.mark.parametrize("channels", SIZES, ids="c{}".format)
+def test_channels_are_mixed_by_a_hadamard_transform(channels):
+    numbers = torch.randn(3, channels, generator=torch.Generator().manual_seed(0))
+    mixed = spread(numbers)
+    expected = torch.tensor([loop_spread(row) for row in numbers.tolist()])
+    torch.testing.assert_close(mixed, expected, atol=2e-5, rtol=0)
+    # Orthogonal but for a factor: so weights spread in the same way give the same product.
+    torch.testing.assert_close(spread(mixed), numbers * spread_factor(channels))
+    other = torch.randn(channels, generator=torch.Generator().manual_seed(1))
+    product = mixed @ spread(other) / spread_factor(channels)
+    torch.testing.assert_close(product, numbers @ other)
+
+
+def test_large_channels_cost_less_once_spread():
+    generator = torch.Generator().manual_seed(0)
+    tokens, weight = (torch.randn(64, 768, generator=generator) for _ in range(2))
+    tokens[:, [5, 400]] *= 30
+    exact = tokens.double() @ weight.double().T
+    plain = quantize_channels("weight", weight.T)
+    as_it_is = integer_product(tokens, plain.values) * plain.scales
+    rows = quantize_rows("weight", weight)
+    mixed = integer_product(spread(tokens), rows.values.T) * rows.scales
+    assert (mixed - exact).norm() < 0.4 * (as_it_is - exact).norm()
 
 
 def test_products_are_exact_integers():

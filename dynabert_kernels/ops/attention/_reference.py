@@ -29,6 +29,7 @@ from dynabert_kernels.quantization import (
     integer_product,
     quantize_channels,
     quantize_rows,
+    spread,
 )
 from dynabert_kernels.varlen import offsets_of, position_in_sequence, sequence_of_token
 
@@ -114,7 +115,8 @@ class Int8Attention(NamedTuple):
     def project_in(self, inputs: Tensor) -> Tensor:
         """``[n, C]`` to ``[n, H * 3 * D]``, float32."""
         values = self.qkv.values.flatten(0, 2).t()
-        return integer_product(inputs, values) * self.qkv.scales.flatten() + self.qkv_bias.flatten()
+        product = integer_product(spread(inputs), values)
+        return product * self.qkv.scales.flatten() + self.qkv_bias.flatten()
 
     def project_out(self, context: Tensor) -> Tensor:
         """``[n, H * D]`` to ``[n, C]``, float32."""

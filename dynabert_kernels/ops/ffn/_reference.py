@@ -24,6 +24,7 @@ from dynabert_kernels.quantization import (
     integer_product,
     quantize_channels,
     quantize_rows,
+    spread,
 )
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ class Int8FFN(NamedTuple):
 
     def project(self, inputs: Tensor) -> Tensor:
         """Up, activation, down: ``[n, C]`` to ``[n, C]``, float32."""
-        up = integer_product(inputs, self.up.values.t()) * self.up.scales + self.up_bias
+        up = integer_product(spread(inputs), self.up.values.t()) * self.up.scales + self.up_bias
         active = _activate(up, self.activation)
         total = torch.zeros_like(inputs)
         for start in range(0, active.shape[1], NEURON_GROUP):
