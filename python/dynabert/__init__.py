@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from dynabert.configuration_dynabert import DynaBertConfig
+from dynabert.extraction import extract
 from dynabert.importance import Importance, compute_importance
 from dynabert.modeling_dynabert import DynaBertModel
 from dynabert.modeling_heads import (
@@ -50,6 +51,7 @@ __all__ = [
     "SubnetConfig",
     "SubnetShape",
     "compute_importance",
+    "extract",
     "rewire",
     "subnet_grid",
 ]

@@ -2,12 +2,12 @@
 
 import os
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
+from transformers import BertConfig, PreTrainedConfig, RobertaConfig
 
-from dynabert.subnet import DEPTH_RULES
+from dynabert.subnet import DEPTH_RULES, Count, LayerShape
 
 ARCHITECTURES = ("bert", "roberta")
 
@@ -48,6 +48,20 @@ _DROPPED_KEYS = (
 )
 
 
+# What Hugging Face's configurations do not have, or set themselves.
+_OWN_KEYS = (
+    "model_type",
+    "architecture",
+    "architectures",
+    "depth_rule",
+    "head_dim",
+    "num_heads_per_layer",
+    "intermediate_size_per_layer",
+    "transformers_version",
+    "_name_or_path",
+)
+
+
 @strict
 class DynaBertConfig(PreTrainedConfig):
     """Configuration of a DynaBERT model: BERT's fields, the architecture and the depth rule.
@@ -59,6 +73,14 @@ class DynaBertConfig(PreTrainedConfig):
             `SubnetConfig.resolve`.
         hidden_act: ``"gelu"``, ``"gelu_new"`` or ``"relu"``, or one of Hugging Face's other names
             for these.
+        num_attention_heads: Heads of every layer; of the layer with the most, where
+            `num_heads_per_layer` is set.
+        intermediate_size: FFN neurons, likewise with `intermediate_size_per_layer`.
+        head_dim: Size of a head. None takes ``hidden_size // num_attention_heads``; a network with
+            fewer heads than that, such as an extracted subnet, has to name it.
+        num_heads_per_layer: Heads of each layer; None where all have `num_attention_heads`.
+        intermediate_size_per_layer: FFN neurons of each layer; None where all have
+            `intermediate_size`.
         pad_token_id: None takes the architecture's own, 0 for BERT and 1 for RoBERTa.
 
     Raises:
@@ -77,6 +99,12 @@ class DynaBertConfig(PreTrainedConfig):
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
     intermediate_size: int = 3072
+    if TYPE_CHECKING:
+        head_dim: int = 0  # a number in every configuration there is
+    else:
+        head_dim: int | None = None
+    num_heads_per_layer: list[int] | None = None
+    intermediate_size_per_layer: list[int] | None = None
     hidden_act: str = "gelu"
     hidden_dropout_prob: float | int = 0.1
     attention_probs_dropout_prob: float | int = 0.1
@@ -93,6 +121,9 @@ class DynaBertConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.pad_token_id is None:
             self.pad_token_id = 1 if self.architecture == "roberta" else 0
+        divides = self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads == 0
+        if self.head_dim is None and divides:
+            self.head_dim = self.hidden_size // self.num_attention_heads
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
 
     def validate_choices(self) -> None:
@@ -123,21 +154,55 @@ class DynaBertConfig(PreTrainedConfig):
                 raise ValueError(
                     f"DynaBertConfig: {name}={getattr(self, name)}, expected at least 1."
                 )
-        if self.hidden_size % self.num_attention_heads:
+        if self.head_dim is None:
             raise ValueError(
                 f"DynaBertConfig: hidden_size={self.hidden_size}, expected a multiple of "
-                f"num_attention_heads={self.num_attention_heads}. Every head has the same size."
+                f"num_attention_heads={self.num_attention_heads}, or head_dim. Every head has the "
+                "same size."
             )
+        most = self.hidden_size // self.head_dim if self.head_dim > 0 else 0
+        if not 1 <= self.num_attention_heads <= most:
+            raise ValueError(
+                f"DynaBertConfig: num_attention_heads={self.num_attention_heads} with "
+                f"head_dim={self.head_dim}, expected 1 or more of size 1 or more that fit into "
+                f"hidden_size={self.hidden_size}. Leave head_dim out to have it divided evenly."
+            )
+        self._check_per_layer("num_heads_per_layer", "num_attention_heads")
+        self._check_per_layer("intermediate_size_per_layer", "intermediate_size")
         if self.max_seq_len < 1:
             raise ValueError(
                 f"DynaBertConfig: max_position_embeddings={self.max_position_embeddings}, expected "
                 f"more than {self.position_offset}. RoBERTa counts positions from pad_token_id + 1."
             )
 
+    def _check_per_layer(self, name: str, most_name: str) -> None:
+        counts, most = getattr(self, name), getattr(self, most_name)
+        if counts is None:
+            return
+        if len(counts) != self.num_hidden_layers or min(counts) < 1 or max(counts) != most:
+            raise ValueError(
+                f"DynaBertConfig: {name}={counts}, expected num_hidden_layers="
+                f"{self.num_hidden_layers} numbers of at least 1, the largest of them "
+                f"{most_name}={most}. Leave it out where all layers have the same."
+            )
+
     @property
-    def head_dim(self) -> int:
-        """Size of a head."""
-        return self.hidden_size // self.num_attention_heads
+    def head_counts(self) -> Count:
+        """Heads: one number, or one per layer where they differ."""
+        return _count(self.num_attention_heads, self.num_heads_per_layer)
+
+    @property
+    def neuron_counts(self) -> Count:
+        """FFN neurons: one number, or one per layer where they differ."""
+        return _count(self.intermediate_size, self.intermediate_size_per_layer)
+
+    @property
+    def layer_shapes(self) -> tuple[LayerShape, ...]:
+        """Heads and neurons of every layer of the full network."""
+        count = self.num_hidden_layers
+        heads = self.num_heads_per_layer or [self.num_attention_heads] * count
+        neurons = self.intermediate_size_per_layer or [self.intermediate_size] * count
+        return tuple(map(LayerShape, range(count), heads, neurons))
 
     @property
     def activation(self) -> str:
@@ -167,6 +232,32 @@ class DynaBertConfig(PreTrainedConfig):
         """
         return cls(**{**from_hf_dict(config.to_dict()), **changes})
 
+    def to_hf(self) -> BertConfig | RobertaConfig:
+        """The ``BertConfig`` or ``RobertaConfig`` of the same network.
+
+        Raises:
+            ValueError: Plain BERT cannot express the network; the message says why.
+        """
+        most = self.hidden_size // self.head_dim
+        narrow = [layer.num_heads for layer in self.layer_shapes if layer.num_heads != most]
+        if narrow or self.hidden_size % self.head_dim:
+            heads = narrow[0] if narrow else most
+            raise ValueError(
+                f"DynaBertConfig.to_hf: {heads} heads of {self.head_dim} in a layer, expected "
+                f"heads that fill hidden_size={self.hidden_size}. Plain BERT divides hidden_size "
+                "among its heads and has no narrower layer. Use full width in attention, or our "
+                "own format."
+            )
+        sizes = sorted({layer.intermediate_size for layer in self.layer_shapes})
+        if len(sizes) > 1:
+            raise ValueError(
+                f"DynaBertConfig.to_hf: intermediate_size={sizes}, expected the same in every "
+                "layer. Plain BERT has one number for all. Use one size, or our own format."
+            )
+        values = {name: value for name, value in self.to_dict().items() if name not in _OWN_KEYS}
+        kind = RobertaConfig if self.architecture == "roberta" else BertConfig
+        return kind(**values)
+
     @classmethod
     def get_config_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
@@ -179,6 +270,10 @@ class DynaBertConfig(PreTrainedConfig):
                 "directory or hub id of a BERT, RoBERTa or DynaBERT model."
             )
         return from_hf_dict(config_dict), unused
+
+
+def _count(one: int, per_layer: list[int] | None) -> Count:
+    return one if per_layer is None else tuple(per_layer)
 
 
 def from_hf_dict(values: Mapping[str, Any]) -> dict[str, Any]:

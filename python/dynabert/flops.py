@@ -32,9 +32,15 @@ class EncoderSizes(Protocol):
     def type_vocab_size(self) -> int: ...
 
 
+def _head_dim(config: EncoderSizes) -> int:
+    """Size of a head; Hugging Face's own configurations divide `hidden_size`."""
+    own = getattr(config, "head_dim", None)
+    return config.hidden_size // config.num_attention_heads if own is None else int(own)
+
+
 def _layer_parameters(config: EncoderSizes, layer: LayerShape) -> int:
     hidden = config.hidden_size
-    attended = layer.num_heads * (hidden // config.num_attention_heads)
+    attended = layer.num_heads * _head_dim(config)
     attention = 4 * hidden * attended + 3 * attended + hidden
     feed_forward = 2 * hidden * layer.intermediate_size + layer.intermediate_size + hidden
     layer_norms = 2 * 2 * hidden
@@ -104,7 +110,7 @@ def encoder_flops(
                 f"encoder_flops: {name}={value}, expected 1 or more. Count at least one token."
             )
     hidden = config.hidden_size
-    head_dim = hidden // config.num_attention_heads
+    head_dim = _head_dim(config)
     per_token = sum(
         2 * (4 * hidden * layer.num_heads * head_dim + 2 * hidden * layer.intermediate_size)
         + 4 * seq_len * layer.num_heads * head_dim

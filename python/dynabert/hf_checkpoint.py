@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers.utils.hub import cached_file
 
 from dynabert.configuration_dynabert import DynaBertConfig
+from dynabert.subnet import LayerShape
 from dynabert_kernels import PackedAttention, PackedFFN
 
 StateDict = dict[str, Tensor]
@@ -126,10 +127,9 @@ def from_hf_state_dict(
         if name.startswith(base if is_prefixed else ("embeddings.", "encoder.", "pooler."))
     }
     packed: StateDict = {}
-    for index in range(config.num_hidden_layers):
-        layer = f"encoder.layer.{index}."
+    for shape in config.layer_shapes:
         for sublayer in _FIELDS:
-            packed |= _pack(encoder, layer, sublayer, config)
+            packed |= _pack(encoder, shape, sublayer, config)
     for ours, theirs in _EMBEDDING_NORM.items():
         if theirs in encoder:
             encoder[ours] = encoder.pop(theirs)
@@ -142,7 +142,9 @@ def from_hf_state_dict(
 
 
 def to_hf_state_dict(state: Mapping[str, Tensor], config: DynaBertConfig) -> StateDict:
-    """Unpack and rename a full-width model for the Hugging Face class of the same kind.
+    """Unpack and rename a model for the Hugging Face class of the same kind.
+
+    Whether that class can express the model is for `DynaBertConfig.to_hf` to say.
 
     Args:
         state: ``state_dict()`` of one of our models.
@@ -163,10 +165,9 @@ def to_hf_state_dict(state: Mapping[str, Tensor], config: DynaBertConfig) -> Sta
         name.removeprefix(PREFIX): tensor for name, tensor in state.items() if name not in rest
     }
     unpacked: StateDict = {}
-    for index in range(config.num_hidden_layers):
-        layer = f"encoder.layer.{index}."
+    for shape in config.layer_shapes:
         for sublayer in _FIELDS:
-            unpacked |= _unpack(encoder, layer, sublayer, config)
+            unpacked |= _unpack(encoder, shape, sublayer, config)
     for ours, theirs in _EMBEDDING_NORM.items():
         encoder[theirs] = encoder.pop(ours)
     base = f"{config.architecture}." if has_head else ""
@@ -287,28 +288,33 @@ def _modern_name(name: str) -> str:
     )
 
 
-def _pack(encoder: StateDict, layer: str, sublayer: str, config: DynaBertConfig) -> StateDict:
+def _pack(
+    encoder: StateDict, shape: LayerShape, sublayer: str, config: DynaBertConfig
+) -> StateDict:
     """Take one sublayer out of `encoder`, packed; one that is incomplete stays there."""
-    names = _HF_NAMES[sublayer]
+    layer, names = f"encoder.layer.{shape.index}.", _HF_NAMES[sublayer]
     if not all(layer + name in encoder for name in names.values()):
         return {}
     tensors: dict[str, Any] = {role: encoder.pop(layer + n) for role, n in names.items()}
-    for role, shape in _hf_shapes(config, sublayer).items():
-        if tuple(tensors[role].shape) != shape:
+    for role, expected in _hf_shapes(config, shape, sublayer).items():
+        if tuple(tensors[role].shape) != expected:
             raise ValueError(
                 f"from_pretrained: {layer}{names[role]} has shape {list(tensors[role].shape)}, "
-                f"expected {list(shape)}. The weights do not belong to this config.json."
+                f"expected {list(expected)}. The weights do not belong to this config.json."
             )
     weights: PackedAttention | PackedFFN
     if sublayer == "attention":
-        weights = PackedAttention.from_hf(**tensors, num_heads=config.num_attention_heads)
+        weights = PackedAttention.from_hf(**tensors, num_heads=shape.num_heads)
     else:
         weights = PackedFFN.from_hf(**tensors)
     return {f"{layer}{sublayer}.{field}": getattr(weights, field) for field in _FIELDS[sublayer]}
 
 
-def _unpack(encoder: StateDict, layer: str, sublayer: str, config: DynaBertConfig) -> StateDict:
+def _unpack(
+    encoder: StateDict, shape: LayerShape, sublayer: str, config: DynaBertConfig
+) -> StateDict:
     """Take one sublayer out of `encoder`, under Hugging Face's names."""
+    layer = f"encoder.layer.{shape.index}."
     fields = [f"{layer}{sublayer}.{field}" for field in _FIELDS[sublayer]]
     missing = [field for field in fields if field not in encoder]
     if missing:
@@ -316,18 +322,20 @@ def _unpack(encoder: StateDict, layer: str, sublayer: str, config: DynaBertConfi
     packed_class = PackedAttention if sublayer == "attention" else PackedFFN
     weights: list[Any] = [encoder.pop(field) for field in fields]
     tensors = packed_class(*weights).validate().to_hf()
-    for role, shape in _hf_shapes(config, sublayer).items():
-        if tuple(tensors[role].shape) != shape:
+    for role, expected in _hf_shapes(config, shape, sublayer).items():
+        if tuple(tensors[role].shape) != expected:
             raise ValueError(
                 f"to_hf_state_dict: {layer}{sublayer} gives {role} of shape "
-                f"{list(tensors[role].shape)}, expected {list(shape)}. Pass the configuration "
+                f"{list(tensors[role].shape)}, expected {list(expected)}. Pass the configuration "
                 "these weights belong to."
             )
     return {layer + name: tensors[role] for role, name in _HF_NAMES[sublayer].items()}
 
 
-def _hf_shapes(config: DynaBertConfig, sublayer: str) -> dict[str, tuple[int, ...]]:
-    hidden, neurons = config.hidden_size, config.intermediate_size
+def _hf_shapes(
+    config: DynaBertConfig, shape: LayerShape, sublayer: str
+) -> dict[str, tuple[int, ...]]:
+    hidden, neurons = config.hidden_size, shape.intermediate_size
     if sublayer == "ffn":
         shapes: dict[str, tuple[int, ...]] = {
             "up_weight": (neurons, hidden),
@@ -336,6 +344,8 @@ def _hf_shapes(config: DynaBertConfig, sublayer: str) -> dict[str, tuple[int, ..
             "down_bias": (hidden,),
         }
     else:
-        shapes = {f"{role}_weight": (hidden, hidden) for role in ("query", "key", "value", "out")}
-        shapes |= {f"{role}_bias": (hidden,) for role in ("query", "key", "value", "out")}
+        inner = shape.num_heads * config.head_dim
+        shapes = {f"{role}_weight": (inner, hidden) for role in ("query", "key", "value")}
+        shapes |= {f"{role}_bias": (inner,) for role in ("query", "key", "value")}
+        shapes |= {"out_weight": (hidden, inner), "out_bias": (hidden,)}
     return shapes | {"norm_weight": (hidden,), "norm_bias": (hidden,)}

@@ -17,7 +17,7 @@ import transformers
 
 import dynabert_kernels
 from dynabert.modeling_pretrained import DynaBertPreTrainedModel
-from dynabert.subnet import SubnetConfig
+from dynabert.subnet import Count, SubnetConfig
 from dynabert_kernels._extension import cpu_extension, extension_error
 from dynabert_kernels.ops import OPS
 
@@ -196,11 +196,16 @@ def package_versions() -> dict[str, str]:
 def describe_model(model: DynaBertPreTrainedModel) -> str:
     """Class and sizes of a model: what its latency depends on, whatever its weights."""
     config = model.config
-    return (
-        f"{type(model).__name__}: {config.num_hidden_layers} layers, "
-        f"{config.num_attention_heads} heads, {config.intermediate_size} neurons, "
-        f"hidden size {config.hidden_size}"
-    )
+    heads, neurons = _listed(config.head_counts), _listed(config.neuron_counts)
+    size = f"hidden size {config.hidden_size}"
+    if config.num_attention_heads * config.head_dim != config.hidden_size:
+        size += f", head size {config.head_dim}"
+    layers = config.num_hidden_layers
+    return f"{type(model).__name__}: {layers} layers, {heads} heads, {neurons} neurons, {size}"
+
+
+def _listed(count: Count) -> str:
+    return str(count) if isinstance(count, int) else ".".join(map(str, count))
 
 
 def automatic_backend(device: torch.device) -> str:

@@ -7,19 +7,24 @@ Letters: T real tokens of the batch, C hidden_size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from operator import is_
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from dynabert.configuration_dynabert import DynaBertConfig
+from dynabert.modeling_release import check_conversion
 from dynabert_kernels import PackedAttention, PackedFFN, attention, ffn
 from dynabert_kernels.ops import Op, forced_backend
 from dynabert_kernels.ops._sublayer import compute_name
 from dynabert_kernels.ops.attention import ATTENTION, AttentionCall
 from dynabert_kernels.ops.ffn import FFN, FFNCall
 from dynabert_kernels.varlen import Packing
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 PackedT = TypeVar("PackedT", PackedAttention, PackedFFN)
 _TENSORS_PER_SUBLAYER = 6
@@ -52,6 +57,11 @@ class DynaBertSublayer(nn.Module, Generic[PackedT]):
             kept = self._kept = parts, self._bundle()
         return kept[1]
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        if not check_conversion(self, fn):  # released weights are no tensors to convert
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
     def _settings(self) -> tuple[Any, ...]:
         """What a bundle holds beside the parameters."""
         return self.norm_eps, self.quantization
@@ -61,11 +71,17 @@ class DynaBertSublayer(nn.Module, Generic[PackedT]):
 
 
 class DynaBertAttention(DynaBertSublayer[PackedAttention]):
-    """Attention sublayer; its parameters are packed heads first, so a width is a prefix."""
+    """Attention sublayer; its parameters are packed heads first, so a width is a prefix.
 
-    def __init__(self, config: DynaBertConfig) -> None:
+    Args:
+        config: Sizes and settings of the model.
+        num_heads: Heads of this layer; default: ``config.num_attention_heads``.
+    """
+
+    def __init__(self, config: DynaBertConfig, num_heads: int | None = None) -> None:
         super().__init__()
-        heads, head_dim, hidden = config.num_attention_heads, config.head_dim, config.hidden_size
+        heads = config.num_attention_heads if num_heads is None else num_heads
+        head_dim, hidden = config.head_dim, config.hidden_size
         self.qkv_weight = nn.Parameter(torch.empty(heads, 3, head_dim, hidden))
         self.qkv_bias = nn.Parameter(torch.empty(heads, 3, head_dim))
         self.out_weight = nn.Parameter(torch.empty(heads, head_dim, hidden))
@@ -104,11 +120,17 @@ class DynaBertAttention(DynaBertSublayer[PackedAttention]):
 
 
 class DynaBertFFN(DynaBertSublayer[PackedFFN]):
-    """Feed-forward sublayer; its parameters are packed neurons first, so a width is a prefix."""
+    """Feed-forward sublayer; its parameters are packed neurons first, so a width is a prefix.
 
-    def __init__(self, config: DynaBertConfig) -> None:
+    Args:
+        config: Sizes and settings of the model.
+        intermediate_size: Neurons of this layer; default: ``config.intermediate_size``.
+    """
+
+    def __init__(self, config: DynaBertConfig, intermediate_size: int | None = None) -> None:
         super().__init__()
-        neurons, hidden = config.intermediate_size, config.hidden_size
+        neurons = config.intermediate_size if intermediate_size is None else intermediate_size
+        hidden = config.hidden_size
         self.up_weight = nn.Parameter(torch.empty(neurons, hidden))
         self.up_bias = nn.Parameter(torch.empty(neurons))
         self.down_weight = nn.Parameter(torch.empty(neurons, hidden))

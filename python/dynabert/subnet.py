@@ -23,6 +23,14 @@ DEPTH_RULES = ("paper", "reference")
 
 Count = int | tuple[int, ...]
 
+_NUMBER = r"\d*\.?\d+|\d+\.|\d+/[1-9]\d*"
+_COUNTS = r"\d+(?:\.\d+)*"
+_WIDTH_AND_DEPTH = re.compile(rf"w?(?P<width>{_NUMBER})(?:(?:x|-d)(?P<depth>{_NUMBER}))?")
+_NAME = re.compile(
+    rf"(?:w(?P<width>{_NUMBER})-)?(?:h(?P<heads>{_COUNTS})-)?(?:i(?P<neurons>{_COUNTS})-)?"
+    rf"(?:d(?P<depth>{_NUMBER})|l(?P<layers>{_COUNTS}))"
+)
+
 
 @dataclass(frozen=True)
 class LayerShape:
@@ -122,7 +130,7 @@ class SubnetConfig:
 
     @classmethod
     def parse(cls, text: str) -> SubnetConfig:
-        """Read ``WIDTH`` or ``WIDTHxDEPTH`` (``0.5x0.75``, ``2/3``), or a `name` of two fractions.
+        """Read ``WIDTH`` or ``WIDTHxDEPTH`` (``0.5x0.75``, ``2/3``), or a `name`.
 
         A decimal with three or more digits is taken as the rounded form of the simplest fraction it
         can stand for, so that the names this class prints can be typed back: ``0.667`` is 2/3.
@@ -130,30 +138,34 @@ class SubnetConfig:
         Raises:
             ValueError: The text is not of that form, or a number is out of range.
         """
-        number = r"(\d*\.?\d+|\d+\.|\d+/[1-9]\d*)"
-        match = re.fullmatch(rf"w?{number}(?:(?:x|-d){number})?", text.strip())
+        match = _WIDTH_AND_DEPTH.fullmatch(text.strip()) or _NAME.fullmatch(text.strip())
         if match is None:
             raise ValueError(
                 f"SubnetConfig.parse: text={text!r}, expected WIDTH or WIDTHxDEPTH such as "
-                "0.5x0.75 or 2/3x1/2."
+                "0.5x0.75 or 2/3x1/2, or a name such as h6.4-i1024.512-l0.2."
             )
-        width, depth = match.groups(default="1")
-        return cls(_parsed_fraction(width), _parsed_fraction(depth))
+        given = match.groupdict()
+        width, depth = (_parsed_fraction(given[name] or "1") for name in ("width", "depth"))
+        heads, neurons, layers = (
+            _parsed_counts(given.get(name)) for name in ("heads", "neurons", "layers")
+        )
+        return cls(width, depth, _one_or_many(heads), _one_or_many(neurons), layers)
 
     def resolve(
         self,
         *,
         num_hidden_layers: int,
-        num_attention_heads: int,
-        intermediate_size: int,
+        num_attention_heads: Count,
+        intermediate_size: Count,
         depth_rule: str = "paper",
     ) -> SubnetShape:
         """The subnet in whole numbers for a network of the given size.
 
         Args:
             num_hidden_layers: Layers of the full network.
-            num_attention_heads: Heads of each of its layers.
-            intermediate_size: FFN neurons of each of its layers.
+            num_attention_heads: Heads of its layers: one number, or one per layer. Of layers that
+                differ, a fraction takes the same share in each.
+            intermediate_size: FFN neurons of its layers, likewise.
             depth_rule: ``"paper"`` keeps the last layer (DynaBERT, section 3.2), ``"reference"``
                 the first, as the original code does.
 
@@ -165,15 +177,17 @@ class SubnetConfig:
                 more than the network has. The message lists the legal values.
         """
         kept, targets = _kept_layers(self, num_hidden_layers, depth_rule)
-        heads = _per_layer("num_heads", self.num_heads, len(kept), num_attention_heads)
-        if heads is None:
-            count = _whole("width_mult", self.width_mult, num_attention_heads, "heads")
-            heads = (count,) * len(kept)
-        sizes = _per_layer(
-            "intermediate_size", self.intermediate_size, len(kept), intermediate_size
+        all_heads, all_neurons = (
+            (size,) * len(kept) if isinstance(size, int) else tuple(size[index] for index in kept)
+            for size in (num_attention_heads, intermediate_size)
         )
+        heads = _per_layer("num_heads", self.num_heads, all_heads)
+        if heads is None:
+            share = _share_of_heads(self.width_mult, all_heads)
+            heads = tuple(int(share * most) for most in all_heads)
+        sizes = _per_layer("intermediate_size", self.intermediate_size, all_neurons)
         if sizes is None:
-            sizes = (_neurons(self.width_mult, num_attention_heads, intermediate_size),) * len(kept)
+            sizes = _neurons(self.width_mult, all_heads, all_neurons)
         triples = zip(kept, heads, sizes, strict=True)
         return SubnetShape(tuple(LayerShape(*triple) for triple in triples), targets)
 
@@ -211,9 +225,14 @@ def subnet_grid(
     ]
 
 
-def default_widths(num_attention_heads: int) -> tuple[float, ...]:
-    """1, 3/4, 1/2, 1/4, each taken down to whole heads (6 heads: 1, 2/3, 1/2, 1/6)."""
-    return _whole_shares(num_attention_heads, (1.0, 0.75, 0.5, 0.25))
+def default_widths(num_attention_heads: Count) -> tuple[float, ...]:
+    """1, 3/4, 1/2, 1/4, each taken down to whole heads (6 heads: 1, 2/3, 1/2, 1/6).
+
+    Where layers differ in their heads, to whole heads in each.
+    """
+    heads = num_attention_heads
+    total = heads if isinstance(heads, int) else math.gcd(*heads)
+    return _whole_shares(total, (1.0, 0.75, 0.5, 0.25))
 
 
 def default_depths(num_hidden_layers: int) -> tuple[float, ...]:
@@ -247,17 +266,30 @@ def _kept_layers(
     return kept, (0, *ends)
 
 
-def _neurons(width_mult: float, num_heads: int, neurons: int) -> int:
-    """The share of the neurons that goes with the same share of the heads."""
-    heads = _whole("width_mult", width_mult, num_heads, "heads")
-    if heads * neurons % num_heads:
-        legal = [count for count in range(1, num_heads + 1) if count * neurons % num_heads == 0]
+def _share_of_heads(width_mult: float, heads: tuple[int, ...]) -> Fraction:
+    """The fraction that `width_mult` stands for, whole in each of the layers."""
+    common = math.gcd(*heads)
+    uniform = len(set(heads)) == 1
+    unit = "heads" if uniform else f"heads, the common divisor of the layers' {_joined(heads)},"
+    return Fraction(_whole("width_mult", width_mult, common, unit), common)
+
+
+def _neurons(
+    width_mult: float, heads: tuple[int, ...], neurons: tuple[int, ...]
+) -> tuple[int, ...]:
+    """The share of the neurons of each layer that goes with the same share of the heads."""
+    share = _share_of_heads(width_mult, heads)
+    odd = [count for count in neurons if (share * count).denominator > 1]
+    if odd:
+        common = math.gcd(*heads)
+        whole = math.gcd(common, *neurons)
+        legal = range(common // whole, common + 1, common // whole)
         raise ValueError(
-            f"SubnetConfig: width_mult={width_mult:g} is {heads * neurons / num_heads:g} of "
-            f"{neurons} neurons, expected a whole number. Use one of {_listed(legal, num_heads)}, "
+            f"SubnetConfig: width_mult={width_mult:g} is {float(share * odd[0]):g} of "
+            f"{odd[0]} neurons, expected a whole number. Use one of {_listed(legal, common)}, "
             "or set intermediate_size."
         )
-    return heads * neurons // num_heads
+    return tuple(int(share * count) for count in neurons)
 
 
 def _whole(name: str, share: float, total: int, unit: str) -> int:
@@ -274,19 +306,23 @@ def _listed(counts: Sequence[int], total: int) -> str:
     return ", ".join(str(Fraction(count, total)) for count in counts)
 
 
-def _per_layer(name: str, value: Count | None, num_kept: int, most: int) -> tuple[int, ...] | None:
+def _per_layer(name: str, value: Count | None, most: tuple[int, ...]) -> tuple[int, ...] | None:
+    """What is asked for of each kept layer, which has as many as `most` says."""
     if value is None:
         return None
-    values = (value,) * num_kept if isinstance(value, int) else value
-    if len(values) != num_kept:
+    values = (value,) * len(most) if isinstance(value, int) else value
+    if len(values) != len(most):
         raise ValueError(
             f"SubnetConfig: {name} has {len(values)} values, expected one per kept layer "
-            f"({num_kept})."
+            f"({len(most)})."
         )
-    if max(values) > most:
-        raise ValueError(
-            f"SubnetConfig: {name}={value}, expected 1 to {most}. The network has {most}."
-        )
+    for place, (count, limit) in enumerate(zip(values, most, strict=True)):
+        if count > limit:
+            layer = f" in kept layer {place}" if len(set(most)) > 1 else ""
+            raise ValueError(
+                f"SubnetConfig: {name}={value}, expected 1 to {limit}{layer}. "
+                f"The network has {limit}{' there' if layer else ''}."
+            )
     return values
 
 
@@ -325,6 +361,15 @@ def _joined(value: Count) -> str:
 def _printed(share: float) -> str:
     """A share as `_parsed_fraction` reads it: three decimals say that there are more."""
     return f"{share:g}" if share == round(share, 2) else f"{share:.3f}"
+
+
+def _parsed_counts(text: str | None) -> tuple[int, ...] | None:
+    return None if text is None else tuple(map(int, text.split(".")))
+
+
+def _one_or_many(counts: tuple[int, ...] | None) -> Count | None:
+    """Counts as `_joined` writes them: a single one is for every layer."""
+    return counts[0] if counts is not None and len(counts) == 1 else counts
 
 
 def _parsed_fraction(text: str) -> float:

@@ -156,6 +156,11 @@ def test_grid_is_ordered_by_depth_then_width_largest_first() -> None:
     assert len(subnet_grid()) == 12
 
 
+def test_default_widths_are_whole_in_every_layer() -> None:
+    assert default_widths((12, 8, 4)) == default_widths(4) == (1, 0.75, 0.5, 0.25)
+    assert default_widths((12, 7)) == (1,)
+
+
 def test_default_widths_and_depths_are_whole() -> None:
     assert default_widths(12) == (1.0, 0.75, 0.5, 0.25)
     assert default_widths(6) == (1.0, 4 / 6, 0.5, 1 / 6)
@@ -174,13 +179,18 @@ def test_default_widths_and_depths_are_whole() -> None:
         (" 1 ", SubnetConfig()),
         ("w0.5-d0.667", SubnetConfig(0.5, 2 / 3)),
         (".25x.5", SubnetConfig(0.25, 0.5)),
+        ("h6-i1024-l0.2", SubnetConfig(num_heads=6, intermediate_size=1024, layers=(0, 2))),
+        ("h6.4-i9.8-d0.5", SubnetConfig(1, 0.5, num_heads=(6, 4), intermediate_size=(9, 8))),
+        ("w0.667-i7-l3", SubnetConfig(2 / 3, intermediate_size=7, layers=(3,))),
     ],
 )
 def test_parse(text: str, expected: SubnetConfig) -> None:
     assert SubnetConfig.parse(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "half", "0.5x", "0.5x0.5x0.5", "1/0", "-0.5", "2", "0", "h6"])
+@pytest.mark.parametrize(
+    "text", ["", "half", "0.5x", "0.5x0.5x0.5", "1/0", "-0.5", "2", "0", "h6", "h-d1", "h0-d1"]
+)
 def test_parse_refuses_anything_else(text: str) -> None:
     with pytest.raises(ValueError, match="SubnetConfig"):
         SubnetConfig.parse(text)

@@ -98,7 +98,7 @@ class ModelPlace:
 
         trained = self.run["arguments"] if self.run else {}
         grid = subnet_grid(
-            widths or trained.get("widths") or default_widths(model.config.num_attention_heads),
+            widths or trained.get("widths") or default_widths(model.config.head_counts),
             depths or trained.get("depths") or default_depths(model.config.num_hidden_layers),
         )
         for subnet in grid:

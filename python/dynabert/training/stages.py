@@ -89,15 +89,15 @@ def default_stages(
         ValueError: A subnet is not a whole number of heads or layers, or the grid has several
             subnets and not the full network.
     """
-    widths = run.widths or default_widths(config.num_attention_heads)
+    widths = run.widths or default_widths(config.head_counts)
     depths = run.depths or default_depths(config.num_hidden_layers)
     grid = tuple(subnet_grid(widths, depths))
     by_width = tuple(subnet_grid(widths, (1.0,)))
     for subnet in grid:
         subnet.resolve(
             num_hidden_layers=config.num_hidden_layers,
-            num_attention_heads=config.num_attention_heads,
-            intermediate_size=config.intermediate_size,
+            num_attention_heads=config.head_counts,
+            intermediate_size=config.neuron_counts,
             depth_rule=run.depth_rule or config.depth_rule,
         )
     knows_widths = is_rewired or "width" in run.stages
