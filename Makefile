@@ -73,7 +73,7 @@ asan: $(PINNED)  ## the kernel tests under the address and undefined-behaviour s
 	  --build-lib $(ASAN)/lib
 	$(ASAN_ENV) $(BIN)/python -c "import sys; sys.path[0] = '$(ASAN)/lib'; import torch; \
 	  from dynabert_kernels._C import build_info; assert '-fsanitize' in build_info()['flags']"
-	$(ASAN_ENV) $(TESTS) -s -o pythonpath=$(ASAN)/lib -p no:cacheprovider -k "cpu or prepared" \
+	$(ASAN_ENV) $(TESTS) -s -o pythonpath=$(ASAN)/lib -p no:cacheprovider -k "cpu or prepared or released or fork" \
 	  --ignore tests/kernels/test_cpu_build.py tests/kernels
 
 bench-cpu: $(INSTALLED) $(PEERS_PINNED)  ## CPU latency against other runtimes: hours, on a quiet machine

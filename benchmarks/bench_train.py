@@ -1,10 +1,12 @@
-"""One training step of the distilling stages, against a loop over sliced subnets.
+"""One training step of fine-tuning and of the distilling stages, against a loop over subnets.
 
     python -m benchmarks.bench_train --data-dir DATA --threads 2 --out benchmarks/results/x.jsonl
+    python -m benchmarks.bench_train --data-dir DATA --stages fine-tune --orders grouped \
+      --peers ours-reference,ours-cpu
 
 all-MiniLM-L6-v2 on SST-2 sentences, batch 32, bfloat16 autocast; batches of shuffled rows, and of
 rows of like length. A step is all of it: teacher, every subnet forward and backward, clipping,
-AdamW. Peers:
+AdamW; fine-tuning is the full network on labels, without a teacher. Peers:
 
 - ``loop``: `benchmarks.sliced_bert`, each subnet in its own forward and backward pass, the teacher
   once per width.
@@ -28,12 +30,13 @@ from time import perf_counter
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from benchmarks.records import commit_of_checkout, describe_machine, timing_row
 from benchmarks.sliced_bert import SlicedBert
-from dynabert import DynaBertForSequenceClassification, subnet_grid
+from dynabert import DynaBertForSequenceClassification, SubnetConfig, subnet_grid
 from dynabert.cli.demo import find_minilm
 from dynabert.data.collators import DynamicPadCollator, encode
 from dynabert.data.tasks import load_task
@@ -111,9 +114,11 @@ class Ours(Peer):
 
     def _run(self, inputs: Inputs, clock: Clock) -> list[float]:
         batch = Batch(inputs, Share())
-        with clock.part("teacher"):
-            taught_by = [item.teacher for item in self._planned if item.teacher is not None]
-            lessons = self._losses.lessons(self._teacher, batch, taught_by)
+        taught_by = [item.teacher for item in self._planned if item.teacher is not None]
+        lessons = {}
+        if taught_by:
+            with clock.part("teacher"):
+                lessons = self._losses.lessons(self._teacher, batch, taught_by)
         with clock.part("forward"):
             losses = self._losses(self.student, batch, self._planned, lessons)
         with clock.part("backward"):
@@ -143,20 +148,23 @@ class Loop(Peer):
         lessons: dict[Any, Any] = {}
         losses = []
         for item in self._planned:
-            if item.teacher not in lessons:
+            if item.teacher is not None and item.teacher not in lessons:
                 with clock.part("teacher"), torch.no_grad():
                     logits, states = self._teacher(*ids, self._shapes[item.teacher])
                     lessons[item.teacher] = logits, [state * mask for state in states]
             with clock.part("forward"):
                 logits, states = self.student(*ids, item.shape)
-                taught, targets = lessons[item.teacher]
-                loss = self._stage.logit_weight * soft_cross_entropy(logits, taught)
-                loss = loss + self._stage.hidden_weight * hidden_state_loss(
-                    [state * mask for state in states],
-                    targets,
-                    item.shape.hidden_targets,
-                    mask.sum(),
-                )
+                if item.teacher is None:
+                    loss = F.cross_entropy(logits.float(), inputs["labels"])
+                else:
+                    taught, targets = lessons[item.teacher]
+                    loss = self._stage.logit_weight * soft_cross_entropy(logits, taught)
+                    loss = loss + self._stage.hidden_weight * hidden_state_loss(
+                        [state * mask for state in states],
+                        targets,
+                        item.shape.hidden_targets,
+                        mask.sum(),
+                    )
             with clock.part("backward"):
                 loss.backward()
             losses.append(loss.item())
@@ -204,8 +212,7 @@ def batches(data_dir: Path, count: int, order: str, seed: int = 0) -> list[Input
     num_batches = len(visited) // _BATCH_SIZE
     collate = DynamicPadCollator(tokenizer)
     starts = [(2 * k + 1) * num_batches // (2 * count) * _BATCH_SIZE for k in range(count)]
-    cut = [collate([rows[i] for i in visited[start : start + _BATCH_SIZE]]) for start in starts]
-    return [{k: v for k, v in batch.items() if k != "labels"} for batch in cut]
+    return [collate([rows[i] for i in visited[start : start + _BATCH_SIZE]]) for start in starts]
 
 
 def check_agreement(peers: dict[str, Peer], inputs: Inputs) -> None:
@@ -249,9 +256,10 @@ def measure(
 
 
 def stages() -> list[Stage]:
-    """The width and the width-depth stage of a network of 12 heads and 6 layers."""
+    """Fine-tuning, and the width and width-depth stages, of a network of 12 heads and 6 layers."""
     widths, depths = default_widths(12), default_depths(6)
     return [
+        Stage("fine-tune", (SubnetConfig(),)),
         Stage("width", tuple(subnet_grid(widths, (1.0,))), "full", 1.0, 0.1),
         Stage("width-depth", tuple(subnet_grid(widths, depths)), "same-width", 1.0, 1.0),
     ]
@@ -263,7 +271,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, required=True, help="holds GLUE's SST-2")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batches", type=int, default=30)
-    parser.add_argument("--stages", default="width,width-depth")
+    parser.add_argument("--stages", default="width,width-depth", help="or fine-tune")
     parser.add_argument(
         "--reuse-memory", action="store_true", help="as dynabert train sets the C library's malloc"
     )
@@ -291,10 +299,11 @@ def main() -> None:
         base = timings[next(iter(peers))]["step"].median_ms
         for name, parts in timings.items():
             whole = parts["step"].median_ms
-            shares = {
-                part: timing.median_ms / whole for part, timing in parts.items() if part != "step"
-            }
-            listed = ", ".join(f"{part} {share:.0%}" for part, share in shares.items())
+            listed = ", ".join(
+                f"{part} {timing.median_ms:.1f} ({timing.median_ms / whole:.0%})"
+                for part, timing in parts.items()
+                if part != "step"
+            )
             case = f"{stage.name:12} {order:9} {name:14}"
             print(f"{case} {whole:8.1f} ms  {base / whole:5.2f}x  {listed}")
             rows.append(

@@ -9,7 +9,13 @@ from dynabert_kernels.layout import PackedAttention, PackedFFN
 from dynabert_kernels.ops import use_backend
 from dynabert_kernels.ops.attention import attention
 from dynabert_kernels.ops.ffn import ffn
-from dynabert_kernels.prepared import clear_prepared, invalidate, prepared_bytes
+from dynabert_kernels.prepared import (
+    clear_prepared,
+    invalidate,
+    prepared_bytes,
+    prepared_forms,
+)
+from dynabert_kernels.released import ReleasedWeightsError, release
 from dynabert_kernels.triton.availability import triton_compilations
 
 try:
@@ -20,11 +26,14 @@ except PackageNotFoundError:  # run from a source tree that was never installed
 __all__ = [
     "PackedAttention",
     "PackedFFN",
+    "ReleasedWeightsError",
     "attention",
     "clear_prepared",
     "ffn",
     "invalidate",
     "prepared_bytes",
+    "prepared_forms",
+    "release",
     "triton_compilations",
     "use_backend",
 ]

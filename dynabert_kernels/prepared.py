@@ -16,6 +16,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from dynabert_kernels import _extension
 from dynabert_kernels.layout import PackedAttention, PackedFFN
 from dynabert_kernels.ops._cpu import kernels_missing
+from dynabert_kernels.released import refuse_released
 
 
 def _module() -> ModuleType | None:
@@ -28,8 +29,24 @@ def prepared_bytes() -> int:
     return 0 if module is None else int(module.prepared_stats()["bytes"])
 
 
+def prepared_forms() -> dict[str, int]:
+    """Memory that prepared weights take now, in bytes, by form: float32, bfloat16, int8.
+
+    A form serves every width and every subnet, so it grows with neither.
+
+    Example:
+        >>> prepared_forms()  # doctest: +SKIP
+        {'bfloat16': 169869312, 'int8': 84934656}
+    """
+    module = _module()
+    return {} if module is None else dict(module.prepared_forms())
+
+
 def clear_prepared() -> None:
-    """Free all prepared weights; calls that need some build them again."""
+    """Free all prepared weights; calls that need some build them again.
+
+    Forms of released weights stay (`dynabert_kernels.release`): nothing could build them.
+    """
     module = _module()
     if module is not None:
         module.clear_prepared()
@@ -52,17 +69,20 @@ def invalidate(weights: PackedAttention | PackedFFN | Tensor) -> int:
 
     Raises:
         TypeError: `weights` is something else.
+        ReleasedWeightsError: They were released, so nothing can have written to them.
     """
     if not isinstance(weights, (PackedAttention, PackedFFN, Tensor)):
         raise TypeError(
             f"invalidate: weights={type(weights).__name__}, expected PackedAttention, PackedFFN or "
             "a Tensor. For a model, call it for each sublayer's packed()."
         )
+    fields = [weights] if isinstance(weights, Tensor) else list(vars(weights).values())
+    tensors = [field for field in fields if isinstance(field, Tensor)]
+    refuse_released("invalidate", tensors)
     module = _module()
     if module is None:
         return 0
-    tensors = [weights] if isinstance(weights, Tensor) else list(vars(weights).values())
-    return sum(int(module.invalidate_prepared(t)) for t in tensors if isinstance(t, Tensor))
+    return sum(int(module.invalidate_prepared(tensor)) for tensor in tensors)
 
 
 def _forget_what_was_trained(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

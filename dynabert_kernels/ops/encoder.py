@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from dynabert_kernels.layout import PackedAttention, PackedFFN
 from dynabert_kernels.ops import _cpu, _triton_encoder
@@ -25,7 +26,7 @@ _LIBRARY.define(
     "float[] norm_eps, str activation, int[] num_heads, int[] intermediate_sizes, "
     "Tensor cu_seqlens, str compute) -> Tensor"
 )
-_NATIVE = torch.ops.dynabert.encoder.cpu
+NATIVE = torch.ops.dynabert.encoder.cpu
 _dtype_of = attrgetter("dtype")
 
 
@@ -36,6 +37,24 @@ class EncoderLayer(NamedTuple):
     ffn: PackedFFN
     num_heads: int
     intermediate_size: int
+
+
+class KeptForms(NamedTuple):
+    """What the C++ kernels take of released weights (`dynabert_kernels.released`)."""
+
+    attention_weights: list[Tensor]
+    ffn_weights: list[Tensor]
+    forms: frozenset[str]
+
+    @classmethod
+    def of(cls, attention_weights: list[Tensor], ffn_weights: list[Tensor]) -> KeptForms | None:
+        """None unless all weights are released ones."""
+        weights: list[Any] = [*attention_weights, *ffn_weights]
+        if not all(hasattr(weight, "prepared_key") for weight in weights):
+            return None
+        keys = [weight.prepared_key for weight in weights]
+        forms = frozenset.intersection(*(frozenset(weight.forms) for weight in weights))
+        return cls(keys[: len(attention_weights)], keys[len(attention_weights) :], forms)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +69,7 @@ class EncoderLayers:
         quantization: Of every sublayer.
         num_heads: One number a layer.
         intermediate_sizes: One number a layer.
+        kept: Set where all weights were released.
     """
 
     attention_weights: list[Tensor]
@@ -59,6 +79,7 @@ class EncoderLayers:
     quantization: str | None
     num_heads: list[int]
     intermediate_sizes: list[int]
+    kept: KeptForms | None
 
     @classmethod
     def of(cls, layers: Sequence[EncoderLayer]) -> EncoderLayers | None:
@@ -90,6 +111,7 @@ class EncoderLayers:
             quantization,
             [layer.num_heads for layer in layers],
             [layer.intermediate_size for layer in layers],
+            KeptForms.of(attention_weights, ffn_weights),
         )
 
 
@@ -122,10 +144,17 @@ def encoder(
     matrices = (*layers.attention_weights[::6], *layers.ffn_weights[::6])
     if not set(map(_dtype_of, matrices)) <= _cpu.DTYPES:
         return None
-    result: Tensor = _NATIVE(
+    of_attention, of_ffn = layers.attention_weights, layers.ffn_weights
+    # The dispatch of released weights comes to the same, and takes longer than a narrow layer. But
+    # whoever watches operators is not to see tensors that cannot be read.
+    if layers.kept is not None and _get_current_dispatch_mode() is None:
+        of_attention, of_ffn, forms = layers.kept
+        if compute not in forms:
+            return None
+    result: Tensor = NATIVE(
         hidden,
-        layers.attention_weights,
-        layers.ffn_weights,
+        of_attention,
+        of_ffn,
         layers.norm_eps,
         layers.activation,
         layers.num_heads,

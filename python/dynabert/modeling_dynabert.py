@@ -44,7 +44,7 @@ from dynabert.modeling_steps import (
 )
 from dynabert.modeling_sublayers import DynaBertAttention, DynaBertFFN, takes_spare_rows
 from dynabert.modeling_watch import ModuleWatch
-from dynabert.subnet import ForEach, SubnetConfig, SubnetShape
+from dynabert.subnet import ForEach, LayerShape, SubnetConfig, SubnetShape
 from dynabert_kernels.ops.encoder import EncoderLayer, EncoderLayers, encoder
 from dynabert_kernels.triton.shared_tiles import shared_tiles
 from dynabert_kernels.varlen import Packing
@@ -68,10 +68,10 @@ _ffn_settings_of = attrgetter("norm_eps", "activation", "quantization")
 class DynaBertLayer(GradientCheckpointingLayer):
     """One encoder layer: attention, then feed-forward, each on its own prefix."""
 
-    def __init__(self, config: DynaBertConfig) -> None:
+    def __init__(self, config: DynaBertConfig, shape: LayerShape) -> None:
         super().__init__()
-        self.attention = DynaBertAttention(config)
-        self.ffn = DynaBertFFN(config)
+        self.attention = DynaBertAttention(config, shape.num_heads)
+        self.ffn = DynaBertFFN(config, shape.intermediate_size)
 
     def forward(
         self, hidden: Tensor, step: LayerStep, packing: Packing, attn_mask: Tensor | None = None
@@ -103,7 +103,7 @@ class DynaBertEncoder(nn.Module):
 
     def __init__(self, config: DynaBertConfig) -> None:
         super().__init__()
-        self.layer = nn.ModuleList([DynaBertLayer(config) for _ in range(config.num_hidden_layers)])
+        self.layer = nn.ModuleList([DynaBertLayer(config, shape) for shape in config.layer_shapes])
 
     def forward(
         self,

@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -20,18 +20,23 @@ from transformers.utils.hub import cached_file
 
 from dynabert import hf_checkpoint
 from dynabert.configuration_dynabert import DynaBertConfig
+from dynabert.modeling_release import check_conversion, release_model, released_parameter
 from dynabert.rewiring_record import FILE_NAME as REWIRING_FILE
 from dynabert.rewiring_record import RewiringRecord
 from dynabert.subnet import SubnetConfig, SubnetShape
 from dynabert_kernels.layout import QUANTIZATIONS
 from dynabert_kernels.quantization import check_finite
+from dynabert_kernels.released import refuse_released
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
     from dynabert.modeling_capture import CapturedModel
+    from dynabert.picking import IfNone, Percentile, Pick
 
 
+# Bytes; what PyTorch gives every tensor it makes on the CPU.
+_ALIGNMENT = 64
 _resolve = lru_cache(maxsize=4096)(SubnetConfig.resolve)
 
 
@@ -88,8 +93,8 @@ class DynaBertPreTrainedModel(PreTrainedModel):
         return resolve(
             subnet or SubnetConfig(),
             num_hidden_layers=config.num_hidden_layers,
-            num_attention_heads=config.num_attention_heads,
-            intermediate_size=config.intermediate_size,
+            num_attention_heads=config.head_counts,
+            intermediate_size=config.neuron_counts,
             depth_rule=config.depth_rule,
         )
 
@@ -153,6 +158,60 @@ class DynaBertPreTrainedModel(PreTrainedModel):
             output_hidden_states=output_hidden_states,
         )
 
+    def pick(
+        self,
+        *,
+        budget_ms: float,
+        batch_size: int = 1,
+        seq_len: int = 128,
+        percentile: Percentile = "p80",
+        if_none: IfNone = "raise",
+        margin: float = 0.05,
+        folder: str | os.PathLike[str] | None = None,
+        seconds_per_subnet: float = 2.0,
+    ) -> Pick:
+        """The most accurate subnet whose latency on this machine is within a budget.
+
+        Scores come from the ``grid.json`` beside the model and latencies from its
+        ``latency.json``: those of the model where it is and as it is (device, dtype, int8), with
+        the threads and the backend of now. What that table lacks is measured first, which takes
+        seconds for every subnet, and kept; the log says so.
+
+        Args:
+            budget_ms: Longest acceptable latency of one batch, in milliseconds.
+            batch_size: Sequences of that batch.
+            seq_len: Tokens of each sequence.
+            percentile: Percentile of the measured latencies that must fit: ``median``, ``p20``,
+                ``p80`` or ``p99``.
+            if_none: Where no subnet fits, ``"raise"``, or take the ``"fastest"`` with
+                ``is_within`` False.
+            margin: Share of the measured latency to keep free below the budget.
+            folder: Folder of the two files; None for the one the model was loaded from, or the run
+                whose result that is.
+            seconds_per_subnet: Time to measure each subnet for, in seconds, where there is need.
+
+        Raises:
+            FileNotFoundError: There are no scores.
+            ValueError: An argument is out of range, or no subnet is within the budget.
+
+        Example:
+            >>> choice = model.pick(budget_ms=10)  # doctest: +SKIP
+            >>> model(**inputs, subnet=choice.subnet)  # doctest: +SKIP
+        """
+        from dynabert.picking import pick_for_model  # stands above this module
+
+        return pick_for_model(
+            self,
+            budget_ms,
+            batch_size=batch_size,
+            seq_len=seq_len,
+            percentile=percentile,
+            if_none=if_none,
+            margin=margin,
+            folder=None if folder is None else Path(folder),
+            seconds_per_subnet=seconds_per_subnet,
+        )
+
     @property
     def quantization(self) -> str | None:
         """The form of the encoder's matrix products that `quantize` set; None for floats."""
@@ -184,13 +243,57 @@ class DynaBertPreTrainedModel(PreTrainedModel):
                 f"{type(self).__name__}.quantize: quantization={quantization!r}, expected None or "
                 f"one of {', '.join(map(repr, QUANTIZATIONS))}."
             )
-        if quantization is not None:
+        left = released_parameter(self)
+        if left is not None and quantization not in (None, *left.forms):
+            refuse_released(f"{type(self).__name__}.quantize", [left])
+        if quantization is not None and left is None:
             for name, parameter in self.base_model.named_parameters():
                 if name.startswith("encoder.") and name.endswith("_weight"):
                     check_finite(name, parameter)
         for sublayer in self._sublayers():
             sublayer.quantization = quantization
         return self
+
+    def release_packed(self, forms: Sequence[str] | None = None) -> Self:
+        """Give the encoder's packed weights back, and keep only their prepared forms: for serving.
+
+        Backend ``cpu`` reads prepared weights (`dynabert_kernels.prepared_forms`), and beside
+        them the packed ones only wait for a form to be built again. Afterwards calls without
+        gradients compute what they did, to the bit, at every subnet, also in views and copies of
+        this model. All else is refused with a `dynabert_kernels.ReleasedWeightsError`: training,
+        saving, moving, conversion, rewiring, other backends, other forms. Embeddings and the head
+        stay as they are. It cannot be undone; load the model again.
+
+        Memory is free once nothing else holds the parameters: an optimizer, a state dict.
+
+        Args:
+            forms: Forms to keep: ``"float32"``, ``"bfloat16"``, ``"int8"``, one or several. None:
+                the one of the next call, int8 of a model quantised so, else the parameters' dtype.
+                Serving under autocast needs that one's.
+
+        Returns:
+            This model.
+
+        Raises:
+            ValueError: There is no such form, a weight has no int8 form, or the model is in
+                training mode or has parametrised weights.
+            NotImplementedError: Backend ``cpu`` cannot run this model.
+            ReleasedWeightsError: It was released before.
+
+        Example:
+            >>> model.eval().quantize("int8").release_packed()  # doctest: +SKIP
+        """
+        release_model(self, list(self._sublayers()), forms)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        check_conversion(self, fn)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        refuse_released("load_state_dict", self.parameters())
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _sublayers(self) -> Iterator[Any]:
         """The elastic sublayers, which own the encoder's parameters."""
@@ -244,8 +347,9 @@ class DynaBertPreTrainedModel(PreTrainedModel):
                 raise hf_checkpoint.unreadable(path or "state_dict", error) from error
         else:
             loaded = cls._from_hugging_face(path, *model_args, config=config, hub=hub, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        _align(model)
         if path is not None:
-            model = loaded[0] if isinstance(loaded, tuple) else loaded
             record = cached_file(
                 path, REWIRING_FILE, _raise_exceptions_for_missing_entries=False, **hub
             )
@@ -287,6 +391,7 @@ class DynaBertPreTrainedModel(PreTrainedModel):
         self, save_directory: str | os.PathLike[str], **kwargs: Any
     ) -> None:
         """Save the model and its rewiring record; see `PreTrainedModel.save_pretrained`."""
+        refuse_released("save_pretrained", self.parameters())
         is_main_process = kwargs.get("is_main_process", True)
         if is_main_process:
             os.makedirs(save_directory, exist_ok=True)
@@ -330,6 +435,17 @@ def _report_names(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(name_source)
+
+
+def _align(model: nn.Module) -> None:
+    """Move weights that start at an odd address, as those of a mapped file do.
+
+    The sums of PyTorch's own products depend on it in their last bit, and a model shall not depend
+    on where its weights were read from.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.data_ptr() % _ALIGNMENT:
+            parameter.data = parameter.data.clone()
 
 
 def _remove_older(directory: Path) -> None:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dynabert.cli import _options as options
 from dynabert.cli._app import JsonFile, app, finish
 from dynabert.cli._place import ModelPlace
+from dynabert.cli._scoring import problem_of_files, scorer
+from dynabert.json_file import write_json
 
 if TYPE_CHECKING:
-    from dynabert.data.examples import Problem, TaskData
-    from dynabert.evaluation import GridRow
-    from dynabert.modeling_pretrained import DynaBertPreTrainedModel
-    from dynabert.subnet import SubnetConfig
+    from dynabert.report import GridReport
 
 _log = logging.getLogger(__name__)
+_FLOAT32 = "float32"
 
 
 @app.command()
@@ -41,15 +41,23 @@ def evaluate(
     device: Annotated[
         str | None, typer.Option(metavar="NAME", help="cpu or cuda; default: cuda if there is one.")
     ] = None,
+    dtype: options.Dtype = "float32",
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16 autocast.")] = False,
     save: Annotated[
-        bool, typer.Option(help="Keep the grid in RUN: grid.json, grid.md, grid.png.")
+        bool,
+        typer.Option(
+            help="Keep the grid in RUN: grid.json, grid.md, grid.png; with --dtype int8 in "
+            "grid-int8.json alone."
+        ),
     ] = True,
     json_file: JsonFile = None,
 ) -> None:
     """Score every subnet on the validation rows.
 
     A sentence encoder, trained without labels, is scored on stsb by the cosine of its embeddings.
+
+    With --dtype the weights are cast, or computed with in integers (int8), as dynabert latency
+    times them; the scores are shown beside those of the float32 grid in RUN, which stays.
     """
     import torch
 
@@ -59,6 +67,12 @@ def evaluate(
     from dynabert.training.problems import row_length
 
     where = ModelPlace.find(place)
+    element_type = options.parse_dtype(dtype)
+    if bf16 and dtype != _FLOAT32:
+        raise ValueError(
+            f"--bf16 with --dtype {dtype}, expected one of them. Autocast computes with float32 "
+            "weights; --dtype casts them."
+        )
     device = options.parse_device(device)
     grid = (
         options.parse_fractions("--widths", widths),
@@ -79,84 +93,85 @@ def evaluate(
         text_column=text_column,
         pair_column=pair_column,
         label_column=label_column or None,
-        problem=_problem_of_files(model) if task == "file" else "auto",
+        problem=problem_of_files(model) if task == "file" else "auto",
         label_names=[config.id2label[index] for index in range(config.num_labels)],
         from_hub=from_hub,
         with_train=False,
     )
-    torch.nn.Module.to(model, device)
+    is_int8 = element_type == torch.int8
+    torch.nn.Module.to(model, device=device, dtype=torch.float32 if is_int8 else element_type)
+    model.quantize("int8" if is_int8 else None)
     max_length = max_length or trained["arguments"].get("max_length")
-    rows = _score(
+    subnets = where.subnets(model, *grid)
+    if grid == (None, None):
+        subnets += where.uneven_subnets()  # or saving the grid would lose what a search has found
+    score = scorer(
         model,
         where,
-        data,
-        where.subnets(model, *grid),
+        data.spec,
+        data.validation,
         row_length(max_length, data.spec.problem, config),
         batch_size=batch_size,
         autocast_dtype=torch.bfloat16 if bf16 else None,
     )
+    rows = score(subnets)
     report = build_report(model, rows, data.spec)
+    of_dtype = None if dtype == _FLOAT32 else dtype
     try:
-        report = report.with_latency(load_latency(where.latency_json, model=model))
+        table = load_latency(where.latency_json, model=model, dtype=of_dtype)
+        report = report.with_latency(table)
     except (FileNotFoundError, ValueError) as reason:
         _log.info("the grid has no latencies: %s", reason)
-    if save:
+    text, document = render_grid(report, "text"), report.to_json()
+    if of_dtype is not None:
+        compared = compare_grids(_saved_grid(where), report)
+        text += "\n" + render_comparison(compared, dtype)
+        document |= {"dtype": dtype, "float32": compared}
+        if save:
+            write_json(where.path / f"grid-{dtype}.json", document)
+    elif save:
         where.save_report(report)
-    finish(render_grid(report, "text"), report.to_json(), json_file)
+    finish(text, document, json_file)
 
 
-def _problem_of_files(model: DynaBertPreTrainedModel) -> Literal["auto"] | Problem:
-    """What own files have to hold for a model to be scored on them."""
-    from dynabert import DynaBertForSequenceClassification
-    from dynabert.training.problems import MODEL_CLASSES
+def _saved_grid(where: ModelPlace) -> GridReport | None:
+    from dynabert.report import GridReport
 
-    if isinstance(model, DynaBertForSequenceClassification):
-        return "regression" if model.config.num_labels == 1 else "auto"
-    known = (problem for problem, kind in MODEL_CLASSES.items() if isinstance(model, kind))
-    return next(known, "regression")
+    return GridReport.load(where.grid_json) if where.grid_json.exists() else None
 
 
-def _score(
-    model: DynaBertPreTrainedModel,
-    where: ModelPlace,
-    data: TaskData,
-    subnets: list[SubnetConfig],
-    max_length: int,
-    **how: Any,
-) -> list[GridRow]:
-    from transformers import AutoTokenizer
+def compare_grids(saved: GridReport | None, report: GridReport) -> list[dict[str, Any]]:
+    """Scores of the same subnets in two grids: ``subnet``, ``saved``, ``score``, ``difference``.
 
-    from dynabert.data.collators import DynamicPadCollator, encode
-    from dynabert.data.examples import Example
-    from dynabert.evaluation import evaluate_grid
-    from dynabert.training.problems import MODEL_CLASSES, encode_examples
-    from dynabert.training.task_agnostic import evaluate_similarity
+    Empty where the saved grid is of another task, or of other rows of it.
+    """
+    if saved is None or (saved.task, saved.primary_metric) != (report.task, report.primary_metric):
+        return []
+    before = {row.subnet: row for row in saved.rows}
+    return [
+        {
+            "subnet": row.subnet.name,
+            "saved": before[row.subnet].primary,
+            "score": row.primary,
+            "difference": row.primary - before[row.subnet].primary,
+        }
+        for row in report.rows
+        if row.subnet in before and before[row.subnet].num_rows == row.num_rows
+    ]
 
-    tokenizer = AutoTokenizer.from_pretrained(where.model_dir)
-    collator = DynamicPadCollator(tokenizer)
-    spec = data.spec
-    if isinstance(model, tuple(MODEL_CLASSES.values())):
-        if not isinstance(model, MODEL_CLASSES.get(spec.problem, ())):
-            raise ValueError(
-                f"--task: {spec.name} is {spec.problem}, expected a task for "
-                f"{type(model).__name__}. Was the model trained on this task?"
-            )
-        if model.config.num_labels != spec.num_labels:
-            raise ValueError(
-                f"--task: {spec.name} has {spec.num_labels} labels, expected "
-                f"{model.config.num_labels} as the model has. Was it trained on this task?"
-            )
-        dataset = encode_examples(data.validation, spec.problem, tokenizer, max_length)
-        return evaluate_grid(model, dataset, collator, spec, subnets, **how)
-    if spec.problem != "regression" or len(spec.text_fields) != 2:
-        raise ValueError(
-            f"--task: {spec.name}, expected pairs with a score such as stsb. "
-            "The model is an encoder without a classifier."
-        )
-    pairs = [item for item in data.validation if isinstance(item, Example)]
-    first, second = (
-        encode([Example(text, None, None) for text in texts], tokenizer, max_length)
-        for texts in ([item.text for item in pairs], [str(item.text_pair) for item in pairs])
-    )
-    scores = [float(item.label or 0.0) for item in pairs]
-    return evaluate_similarity(model, first, second, scores, collator, subnets, **how)
+
+def render_comparison(compared: list[dict[str, Any]], dtype: str) -> str:
+    """The comparison as text for a terminal."""
+    if not compared:
+        return "No float32 scores of these subnets on these rows are saved in RUN to compare with."
+    mean = sum(row["difference"] for row in compared) / len(compared)
+    lines = [
+        f"Against the float32 grid saved in RUN: {mean:+.4f} on average.",
+        "",
+        f"subnet            float32 {dtype:>9}  difference",
+    ]
+    lines += [
+        f"{row['subnet']:<16}{row['saved']:9.4f} {row['score']:9.4f}{row['difference']:+12.4f}"
+        for row in compared
+    ]
+    return "\n".join(lines)
