@@ -24,7 +24,10 @@ from dynabert.report import GridReport
 from dynabert.training.arguments import RunArguments
 from dynabert_kernels import doctor
 
-VERBS = ("demo", "augment", "train", "evaluate", "latency", "pick", "doctor")
+VERBS = (
+    *("demo", "augment", "train", "evaluate", "latency", "search", "pick"),
+    *("export", "report", "doctor"),
+)
 ADJECTIVES = {"good": "positive", "great": "positive", "bad": "negative", "awful": "negative"}
 NOUNS = ("film", "plane", "food", "book", "room", "song", "play")
 QUICK = ("--seq-len", "7", "--seconds", "0.01", "--threads", "1")

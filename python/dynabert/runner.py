@@ -23,7 +23,7 @@ from dynabert.evaluation import ScoredSubnet
 from dynabert.flops import encoder_flops
 from dynabert.latency_table import LatencyTable, describe_model
 from dynabert.modeling_pretrained import DynaBertPreTrainedModel
-from dynabert.picking import _folder_of_reports, pareto_front
+from dynabert.picking import folder_of_reports, pareto_front
 from dynabert.runner_estimate import LatencyEstimate, MeasuredPoint
 from dynabert.runner_queue import Choice, DeadlineQueue, WaitingCall, choose
 from dynabert.subnet import SubnetConfig
@@ -448,7 +448,7 @@ def _scored(
     if candidates is None:
         from dynabert.report import GridReport
 
-        candidates = GridReport.load(_folder_of_reports(model) / "grid.json").rows
+        candidates = GridReport.load(folder_of_reports(model) / "grid.json").rows
     if not candidates:
         raise ValueError("ElasticRunner: candidates=[], expected at least one scored subnet.")
     for row in candidates:

@@ -25,7 +25,10 @@ _USER_ERRORS = (
     StrictDataclassError,
 )
 
-_VERBS = ("demo", "augment", "train", "evaluate", "latency", "pick", "doctor")
+_VERBS = (
+    *("demo", "augment", "train", "evaluate", "latency", "search", "pick"),
+    *("export", "report", "doctor"),
+)
 
 
 class _Group(TyperGroup):

@@ -85,7 +85,7 @@ def demo(
     )
     report = where.add_latency(table)
     assert report is not None, "a finished run has a grid"
-    picks = [pick(report.rows, table, budget_ms) for budget_ms in three_budgets(table)]
+    picks = [pick(report.rows, table, budget_ms, margin=0) for budget_ms in three_budgets(table)]
     text = [
         render_grid(report, "text"),
         *rewiring_lines(RunFolder(output_dir)),

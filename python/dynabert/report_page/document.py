@@ -22,13 +22,13 @@ from dynabert.latency_table import (
 from dynabert.modeling_pretrained import DynaBertPreTrainedModel
 from dynabert.picking import MARGIN
 from dynabert.report import (
-    METRIC_SCALES,
     DEPTH_AXIS,
+    METRIC_SCALES,
     WIDTH_AXIS,
     GridReport,
     SubnetRecord,
-    metric_label,
     format_fraction,
+    metric_label,
 )
 from dynabert.report_page.peaks import Peak, PeakFile
 from dynabert.subnet import SubnetConfig, SubnetShape
