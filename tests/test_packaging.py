@@ -46,7 +46,8 @@ def test_version_is_the_same_in_the_package_and_its_metadata() -> None:
 
 def test_extras_have_the_agreed_names() -> None:
     extras = importlib.metadata.metadata(DISTRIBUTION).get_all("Provides-Extra")
-    assert set(extras or []) == {"train", "demo", "bench", "onnx", "dev"}
+    agreed = {"train", "demo", "bench", "onnx", "search", "sbert", "serve", "dev"}
+    assert set(extras or []) == agreed
 
 
 def test_core_needs_five_packages() -> None:

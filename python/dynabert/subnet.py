@@ -183,8 +183,8 @@ class SubnetConfig:
         )
         heads = _per_layer("num_heads", self.num_heads, all_heads)
         if heads is None:
-            share = _share_of_heads(self.width_mult, all_heads)
-            heads = tuple(int(share * most) for most in all_heads)
+            count, total = _share_of_heads(self.width_mult, all_heads)
+            heads = tuple(count * most // total for most in all_heads)
         sizes = _per_layer("intermediate_size", self.intermediate_size, all_neurons)
         if sizes is None:
             sizes = _neurons(self.width_mult, all_heads, all_neurons)
@@ -266,30 +266,33 @@ def _kept_layers(
     return kept, (0, *ends)
 
 
-def _share_of_heads(width_mult: float, heads: tuple[int, ...]) -> Fraction:
-    """The fraction that `width_mult` stands for, whole in each of the layers."""
+def _share_of_heads(width_mult: float, heads: tuple[int, ...]) -> tuple[int, int]:
+    """The fraction that `width_mult` stands for, whole in each of the layers: so many heads of the
+    layers' common divisor.
+
+    Whole numbers, because Dynamo traces through this and knows no `Fraction`.
+    """
     common = math.gcd(*heads)
     uniform = len(set(heads)) == 1
     unit = "heads" if uniform else f"heads, the common divisor of the layers' {_joined(heads)},"
-    return Fraction(_whole("width_mult", width_mult, common, unit), common)
+    return _whole("width_mult", width_mult, common, unit), common
 
 
 def _neurons(
     width_mult: float, heads: tuple[int, ...], neurons: tuple[int, ...]
 ) -> tuple[int, ...]:
     """The share of the neurons of each layer that goes with the same share of the heads."""
-    share = _share_of_heads(width_mult, heads)
-    odd = [count for count in neurons if (share * count).denominator > 1]
+    count, total = _share_of_heads(width_mult, heads)
+    odd = [size for size in neurons if count * size % total]
     if odd:
-        common = math.gcd(*heads)
-        whole = math.gcd(common, *neurons)
-        legal = range(common // whole, common + 1, common // whole)
+        whole = math.gcd(total, *neurons)
+        legal = range(total // whole, total + 1, total // whole)
         raise ValueError(
-            f"SubnetConfig: width_mult={width_mult:g} is {float(share * odd[0]):g} of "
-            f"{odd[0]} neurons, expected a whole number. Use one of {_listed(legal, common)}, "
+            f"SubnetConfig: width_mult={width_mult:g} is {count * odd[0] / total:g} of "
+            f"{odd[0]} neurons, expected a whole number. Use one of {_listed(legal, total)}, "
             "or set intermediate_size."
         )
-    return tuple(int(share * count) for count in neurons)
+    return tuple(count * size // total for size in neurons)
 
 
 def _whole(name: str, share: float, total: int, unit: str) -> int:

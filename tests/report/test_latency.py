@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig
 
 import dynabert.latency as latency_module
+from dynabert import DynaBertConfig
 from dynabert.latency import Lengths, measure_latency
 from dynabert.subnet import SubnetConfig, SubnetShape, subnet_grid
 from dynabert_kernels import use_backend
@@ -30,7 +30,7 @@ class Clock(nn.Module):
         super().__init__()
         self.now = 0.0
         self.weight = nn.Parameter(torch.zeros(1))
-        self.config = BertConfig()
+        self.config = DynaBertConfig()
         self.calls: list[SubnetConfig] = []
         self.masks: list[Tensor | None] = []
         self.costs_ms: dict[str, Iterator[float]] = {}
