@@ -221,10 +221,11 @@ class DynaBertPreTrainedModel(PreTrainedModel):
         """Compute the encoder's matrix products in integers, or in floats again.
 
         ``"int8"`` takes effect at the next call: weights with one scale per neuron or channel and
-        tokens, their channels mixed, with one scale each (`dynabert_kernels.quantization`), the rest
-        in float32. Every subnet reads the same integers, and views (`with_subnet`) share them. The
-        parameters do not change and nothing about it is saved: a loaded model is not quantised.
-        Integers have no gradients, so calls that need them are refused; use ``torch.no_grad()``.
+        tokens, their channels mixed, with one scale each (see `dynabert_kernels.quantization`),
+        the rest in float32. Every subnet reads the same integers, and views (`with_subnet`) share
+        them. The parameters do not change and nothing about it is saved: a loaded model is not
+        quantised. Integers have no gradients, so calls that need them are refused; use
+        ``torch.no_grad()``.
 
         Args:
             quantization: ``"int8"``, or None to use the parameters as they are.
