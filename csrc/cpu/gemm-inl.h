@@ -24,6 +24,10 @@ struct alignas(64) Tile {
   }
 };
 
+// A float32 sum is one of parts of this many terms, added up in order: rounding errors grow with the
+// length of a chain, and libraries of matrix products cut theirs too.
+constexpr std::int64_t kPartSteps = 256;
+
 // What a tile fetches for the round to come: a line of each panel every `mask + 1` steps.
 struct Prefetch {
   const std::byte* lines;
@@ -36,34 +40,60 @@ template <class Dot, int kRows, int kPanels>
                                      const Panels& b, const std::byte* panels, Prefetch prefetch,
                                      Tile& tile) {
   typename Dot::Sum sums[kRows][kPanels];
-  for (int r = 0; r < kRows; ++r) {
-    for (int p = 0; p < kPanels; ++p) sums[r][p] = Dot::zero_sum();
-  }
+  const auto clear = [&] {
+    for (int r = 0; r < kRows; ++r) {
+      for (int p = 0; p < kPanels; ++p) sums[r][p] = Dot::zero_sum();
+    }
+  };
+  bool has_part = false;
+  const auto put = [&] {
+    for (int r = 0; r < kRows; ++r) {
+      for (int p = 0; p < kPanels; ++p) {
+        float* to = tile.sums + (r * kTilePanels + p) * kLanes;
+        if constexpr (std::is_same_v<Dot, DotFloat32>) {
+          if (has_part) sums[r][p] = add(load(to), sums[r][p]);
+        }
+        Dot::store(to, sums[r][p]);
+      }
+    }
+    has_part = true;
+  };
+  clear();
+  std::int64_t left = kPartSteps;  // of the part
   for (std::int64_t chunk = 0; chunk < b.chunks; ++chunk) {
     const std::byte* at = panels + chunk * b.chunk_bytes;
     const std::byte* line = prefetch.lines + chunk * b.chunk_bytes;
-    for (std::int64_t step = 0; step < b.steps; ++step) {
-      typename Dot::Panel weights[kPanels];
-      for (int p = 0; p < kPanels; ++p) weights[p] = Dot::load(at + p * b.panel_bytes);
-      if ((step & prefetch.mask) == 0) {
-        for (int p = 0; p < kTilePanels; ++p) {
-          __builtin_prefetch(line + p * prefetch.panel_bytes, 0, 2);
+    for (std::int64_t begin = 0; begin < b.steps;) {
+      std::int64_t end = b.steps;
+      if constexpr (std::is_same_v<Dot, DotFloat32>) {
+        if (left == 0) {
+          put();
+          clear();
+          left = kPartSteps;
         }
-        line += kStepBytes;
+        end = smaller(end, begin + left);
+        left -= end - begin;
       }
-      for (int r = 0; r < kRows; ++r) {
-        const typename Dot::Unit unit = Dot::broadcast(tokens[r * stride]);
-        for (int p = 0; p < kPanels; ++p) sums[r][p] = Dot::step(sums[r][p], unit, weights[p]);
+      for (std::int64_t step = begin; step < end; ++step) {
+        typename Dot::Panel weights[kPanels];
+        for (int p = 0; p < kPanels; ++p) weights[p] = Dot::load(at + p * b.panel_bytes);
+        if ((step & prefetch.mask) == 0) {
+          for (int p = 0; p < kTilePanels; ++p) {
+            __builtin_prefetch(line + p * prefetch.panel_bytes, 0, 2);
+          }
+          line += kStepBytes;
+        }
+        for (int r = 0; r < kRows; ++r) {
+          const typename Dot::Unit unit = Dot::broadcast(tokens[r * stride]);
+          for (int p = 0; p < kPanels; ++p) sums[r][p] = Dot::step(sums[r][p], unit, weights[p]);
+        }
+        ++tokens;
+        at += kStepBytes;
       }
-      ++tokens;
-      at += kStepBytes;
+      begin = end;
     }
   }
-  for (int r = 0; r < kRows; ++r) {
-    for (int p = 0; p < kPanels; ++p) {
-      Dot::store(tile.sums + (r * kTilePanels + p) * kLanes, sums[r][p]);
-    }
-  }
+  put();
 }
 
 template <class Dot, int kPanels, int kRows = kTileRows>
