@@ -24,9 +24,12 @@ struct alignas(64) Tile {
   }
 };
 
-// A float32 sum is one of parts of this many terms, added up in order: rounding errors grow with the
-// length of a chain, and libraries of matrix products cut theirs too.
-constexpr std::int64_t kPartSteps = 256;
+// Terms of a part of a float32 sum; the parts are added up in order. Rounding errors grow with the
+// length of a chain, and libraries of matrix products cut theirs, too. Two parts at least from 256
+// terms on, and few of them: each costs about as much as five terms.
+inline std::int64_t part_steps(const Panels& b) {
+  return smaller(256, larger(128, ceil_div(b.steps * b.chunks, 2)));
+}
 
 // What a tile fetches for the round to come: a line of each panel every `mask + 1` steps.
 struct Prefetch {
@@ -59,7 +62,8 @@ template <class Dot, int kRows, int kPanels>
     has_part = true;
   };
   clear();
-  std::int64_t left = kPartSteps;  // of the part
+  const std::int64_t part = part_steps(b);
+  std::int64_t left = part;
   for (std::int64_t chunk = 0; chunk < b.chunks; ++chunk) {
     const std::byte* at = panels + chunk * b.chunk_bytes;
     const std::byte* line = prefetch.lines + chunk * b.chunk_bytes;
@@ -69,7 +73,7 @@ template <class Dot, int kRows, int kPanels>
         if (left == 0) {
           put();
           clear();
-          left = kPartSteps;
+          left = part;
         }
         end = smaller(end, begin + left);
         left -= end - begin;
