@@ -86,7 +86,7 @@ bench-cpu: $(INSTALLED) $(PEERS_PINNED)  ## CPU latency against other runtimes: 
 bench-gpu: $(INSTALLED)  ## kernels, inference and training on a GPU against their peers: 6 minutes
 	$(BIN)/python -m benchmarks.bench_gpu --out benchmarks/results/gpu.jsonl $(BENCH_GPU)
 
-bench-cuda: $(INSTALLED)  ## the CUDA C++ kernels on a Hopper card, built by nvcc: half a minute
+bench-cuda: $(INSTALLED)  ## the parts of the CUDA C++ kernels on a Hopper card: half a minute
 	$(BIN)/python -m benchmarks.gpu_cuda
 
 lint: $(INSTALLED)  ## ruff, clang-format and the project's own rules
@@ -105,7 +105,7 @@ format: $(INSTALLED)  ## rewrite the code in the project's format
 
 clean:  ## remove build products and caches; the virtual environment stays
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
-	rm -f dynabert_kernels/_C.*.so dynabert_kernels/_build_record.json $(INSTALLED)
+	rm -f dynabert_kernels/_C.*.so dynabert_kernels/_C_cuda.*.so dynabert_kernels/_build_record.json $(INSTALLED)
 
 $(CREATED):
 	rm -f $@
@@ -133,7 +133,7 @@ $(PEERS_PINNED): requirements/torch.txt requirements/dev.txt requirements/peers.
 	  -c requirements/dev.txt -c requirements/torch.txt -r requirements/peers.txt
 	touch $@
 
-$(INSTALLED): setup.py pyproject.toml $(CSRC) $(PINNED)
+$(INSTALLED): setup.py pyproject.toml csrc/cuda/build_cuda.py $(CSRC) $(CUDA) $(PINNED)
 	rm -f $@
 	$(PIP) install --no-build-isolation --no-deps --editable .
 	touch $@

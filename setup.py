@@ -1,6 +1,6 @@
-"""Builds the C++ extension `dynabert_kernels._C`, or records why it could not.
+"""Builds `dynabert_kernels._C` (C++, for CPUs) and `_C_cuda` (CUDA), or records why it could not.
 
-An install never fails for want of a compiler: the package runs on its `reference` backend then, and
+An install never fails for want of a compiler: the package runs on its other backends then, and
 `dynabert doctor` repeats the sentence recorded here. Everything else about the package is in
 pyproject.toml.
 """
@@ -17,17 +17,23 @@ from setuptools import Command, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-SOURCES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp"))
+sys.path.insert(0, str(ROOT / "csrc" / "cuda"))
+
+import build_cuda  # noqa: E402
+
+CPP_FILES = set((ROOT / "csrc").rglob("*.cpp")) - set(build_cuda.sources())
+SOURCES = sorted(str(path.relative_to(ROOT)) for path in CPP_FILES)
 HEADERS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h"))
 # -fopenmp: without it at::parallel_for compiles to a serial loop, silently.
 # No -march=native: a wheel runs on other machines, kernels choose their ISA at run time.
 COMPILE_FLAGS = ["-O3", "-fopenmp", "-Wall", "-Wextra"]
 LINK_FLAGS = ["-fopenmp"]
 # For `make asan`: such an extension loads only where the sanitizer's library came first.
-if os.environ.get("DYNABERT_SANITIZE", "0") not in ("", "0"):
-    SANITIZE = "-fsanitize=address,undefined"
-    COMPILE_FLAGS += [SANITIZE, "-fno-sanitize-recover=undefined", "-O1", "-g"]
-    LINK_FLAGS.append(SANITIZE)
+SANITIZE = os.environ.get("DYNABERT_SANITIZE", "0") not in ("", "0")
+if SANITIZE:
+    CHECKS = "-fsanitize=address,undefined"
+    COMPILE_FLAGS += [CHECKS, "-fno-sanitize-recover=undefined", "-O1", "-g"]
+    LINK_FLAGS.append(CHECKS)
 
 
 def why_no_extension() -> str | None:
@@ -47,6 +53,61 @@ def why_no_extension() -> str | None:
     return None
 
 
+def cuda_record(command: Command) -> dict[str, object]:
+    """Builds `_C_cuda` where nvcc is, whatever the machine's GPU.
+
+    Args:
+        command: The `build_ext` command.
+
+    Returns:
+        What `_build_record.json` says of it.
+    """
+    folder = package_folder(command)
+    record: dict[str, object] = {"cuda_built": False, "cuda_reason": None}
+    try:
+        compiler = build_cuda.nvcc_compiler(
+            os.environ.get("CUDA_HOME"), wanted_architectures(), os.environ.get("CXX")
+        )
+        # In the tree the objects stay, so that the next build compiles only what has changed.
+        work = ROOT / "build" if is_in_place(command) else Path(command.build_temp)
+        jobs = os.environ.get("MAX_JOBS")
+        build_cuda.build(folder, compiler, work=work / "cuda", jobs=int(jobs) if jobs else None)
+    except build_cuda.BuildError as error:
+        print(f"dynabert-kernels: CUDA kernels not built: {error}.", file=sys.stderr)
+        return record | {"cuda_reason": str(error)}
+    return record | {
+        "cuda_built": True,
+        "cuda_architectures": list(compiler.architectures),
+        "nvcc": compiler.release,
+    }
+
+
+def wanted_architectures() -> list[str] | None:
+    """The architectures of `DYNABERT_CUDA_ARCHITECTURES`, or None for the usual ones.
+
+    Raises:
+        BuildError: None are wanted.
+    """
+    named = os.environ.get("DYNABERT_CUDA_ARCHITECTURES", "").strip()
+    if named == "none":
+        raise build_cuda.BuildError("DYNABERT_CUDA_ARCHITECTURES was none at build time")
+    if SANITIZE:
+        raise build_cuda.BuildError("DYNABERT_SANITIZE was set at build time")
+    return [part.strip() for part in named.split(",")] if named else None
+
+
+def is_in_place(command: Command) -> bool:
+    """Whether a build puts what it makes beside the sources."""
+    return bool(getattr(command, "editable_mode", False) or getattr(command, "inplace", False))
+
+
+def package_folder(command: Command) -> Path:
+    """Where a build puts the modules of the package."""
+    folder = (ROOT if is_in_place(command) else Path(command.build_lib)) / "dynabert_kernels"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def find_ninja() -> None:
     """Puts pip's ninja on PATH, where torch looks; a virtual environment need not be activated."""
     if shutil.which("ninja") is None:
@@ -57,28 +118,29 @@ def find_ninja() -> None:
         os.environ["PATH"] += os.pathsep + ninja.BIN_DIR
 
 
-def record_outcome(command: Command, why_not: str | None) -> None:
+def record_outcome(command: Command, why_not: str | None, cuda: dict[str, object]) -> None:
     """Writes `_build_record.json` beside the modules, wherever this build puts them.
 
-    An editable build without an extension also deletes the one an earlier build left in the source
+    An editable build without a module also deletes the one an earlier build left in the source
     tree, so that what is loaded and what is recorded agree.
 
     Args:
         command: A `build_py` or `build_ext` command; decides between source tree and build folder.
-        why_not: Why there is no extension, or None if it was built.
+        why_not: Why there is no C++ extension, or None if it was built.
+        cuda: What to record of the CUDA kernels.
     """
-    in_place = getattr(command, "editable_mode", False) or getattr(command, "inplace", False)
-    folder = (ROOT if in_place else Path(command.build_lib)) / "dynabert_kernels"
-    folder.mkdir(parents=True, exist_ok=True)
-    record = {"extension_built": why_not is None, "reason": why_not}
+    folder = package_folder(command)
+    record = {"extension_built": why_not is None, "reason": why_not, **cuda}
     if why_not is None:
         import torch
 
         record["torch"] = torch.__version__
     else:
         announce(why_not)
-        if in_place:
-            for path in folder.glob("_C.*.so"):
+    missing = {"_C": why_not is not None, "_C_cuda": not cuda["cuda_built"]}
+    for name, is_missing in missing.items():
+        if is_missing and is_in_place(command):
+            for path in folder.glob(f"{name}.*.so"):
                 path.unlink()
     (folder / "_build_record.json").write_text(json.dumps(record, indent=2) + "\n")
 
@@ -98,7 +160,7 @@ class BuildPython(build_py):
     def run(self) -> None:
         super().run()
         if WHY_NOT is not None:
-            record_outcome(self, WHY_NOT)
+            record_outcome(self, WHY_NOT, {"cuda_built": False, "cuda_reason": WHY_NOT})
 
 
 def extension_arguments() -> dict[str, object]:
@@ -113,7 +175,7 @@ def extension_arguments() -> dict[str, object]:
 
         def run(self) -> None:
             super().run()
-            record_outcome(self, self.why_not)
+            record_outcome(self, self.why_not, cuda_record(self))
 
         def build_extensions(self) -> None:
             try:

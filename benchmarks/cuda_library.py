@@ -1,26 +1,19 @@
-"""The CUDA C++ kernels as a shared library: built by nvcc, called through ctypes.
+"""The launchers of the CUDA C++ kernels on tensors, for benchmarks: one product or core at a time.
 
-No backend uses these kernels yet; benchmarks and checks reach them this way. Imports nothing but
-the standard library, so that a build can run while torch is imported.
+Backend `cuda` runs whole sublayers; what these are made of is called here past it.
 """
 
 from __future__ import annotations
 
-import ctypes
-import os
-import re
-import shutil
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from torch import Tensor
 
-CSRC = Path(__file__).resolve().parents[1] / "csrc"
-FLAGS = ("-std=c++20", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Xcompiler", "-fPIC")
+from dynabert_kernels import _cuda_extension
+
+_GELU, _BF16 = 1, 1  # of csrc/cuda/types.h
 # The encoder's tensors of a layer, in the order of EncoderLayer (csrc/encoder/encoder_cuda.h).
 ENCODER_TENSORS = (
     *(
@@ -31,110 +24,47 @@ ENCODER_TENSORS = (
     *(("ffn", f"{name}_{kind}") for name in ("up", "down", "norm") for kind in ("weight", "bias")),
 )
 
-_POINTER: Any = ctypes.c_void_p
-_INT32: Any = ctypes.c_int32
-_INT64: Any = ctypes.c_int64
-_ENCODER_SHAPE = [_INT32] * 7
-_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
-    "dynabert_gemm_rows": (
-        ctypes.c_int,
-        [_POINTER] * 4 + [_INT64] * 2 + [_INT32] * 4 + [_POINTER] + [_INT32] * 2 + [_POINTER],
-    ),
-    "dynabert_gemm_columns": (
-        ctypes.c_int,
-        [_POINTER] * 8 + [_INT64] * 3 + [_INT32] * 4 + [_POINTER, _INT32, ctypes.c_float, _POINTER],
-    ),
-    "dynabert_gemm_norm_workspace_bytes": (ctypes.c_int, [_POINTER]),
-    "dynabert_encoder_why_not": (ctypes.c_char_p, _ENCODER_SHAPE),
-    "dynabert_encoder_workspace_bytes": (ctypes.c_size_t, _ENCODER_SHAPE),
-    "dynabert_encoder_forward": (
-        ctypes.c_int,
-        _ENCODER_SHAPE + [_POINTER] * 8 + [ctypes.c_float] + [_POINTER] * 2,
-    ),
-}
 
+@dataclass(frozen=True)
+class EncoderShape:
+    """Sizes of `EncoderShape` in csrc/encoder/encoder_cuda.h, in its order."""
 
-def find_nvcc() -> str:
-    """Path of nvcc.
+    tokens: int
+    sequences: int
+    layers: int
+    hidden_size: int
+    head_dim: int
+    max_heads: int
+    max_intermediate: int
 
-    Raises:
-        FileNotFoundError: There is none on PATH or in the CUDA toolkit's folder.
-    """
-    toolkit = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    found = shutil.which("nvcc") or shutil.which("nvcc", path=f"{toolkit}/bin")
-    if found is None:
-        raise FileNotFoundError(
-            f"cuda_library: nvcc not found on PATH or in {toolkit}/bin. Install the CUDA toolkit, "
-            "12.8 or newer, or set CUDA_HOME."
-        )
-    return found
-
-
-def nvcc_release(nvcc: str) -> str:
-    """ "13.0", or "unknown"."""
-    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
-    found = re.search(r"release ([\d.]+)", text)
-    return found[1] if found else "unknown"
-
-
-def compute_capability() -> str | None:
-    """ "9.0" of the first card that nvidia-smi lists, or None."""
-    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout else None
-
-
-def kernel_sources() -> list[Path]:
-    """The files that hold kernels and their launchers."""
-    return sorted(path for path in CSRC.rglob("*.cu") if "tests" not in path.parts)
-
-
-def build(folder: Path) -> Path:
-    """Compiles kernels and C names into one shared library, a file per thread.
-
-    Raises:
-        FileNotFoundError: nvcc is missing.
-        RuntimeError: A file does not compile, or the linker fails; the message is nvcc's.
-    """
-    nvcc = find_nvcc()
-    folder.mkdir(parents=True, exist_ok=True)
-    sources = kernel_sources() + sorted((CSRC / "cuda" / "tests").glob("*_c_api.cu"))
-    objects = [folder / f"{path.stem}.o" for path in sources]
-    commands = [
-        [nvcc, *FLAGS, "-c", str(source), "-o", str(target)]
-        for source, target in zip(sources, objects, strict=True)
-    ]
-    with ThreadPoolExecutor(len(commands)) as pool:
-        list(pool.map(_run, commands))
-    library = folder / "libdynabert_cuda.so"
-    _run([nvcc, *FLAGS, "-shared", "-o", str(library), *map(str, objects)])
-    return library
-
-
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"cuda_library: {' '.join(command)}\n{done.stdout}{done.stderr}")
+    def numbers(self) -> tuple[int, ...]:
+        """As the launchers take them."""
+        return tuple(vars(self).values())
 
 
 class CudaLibrary:
-    """The launchers on tensors. They allocate nothing and run on the current stream.
+    """Launches on the current stream; nothing is allocated.
 
     Args:
-        path: What `build` returned.
+        module: `dynabert_kernels._C_cuda`; None loads it.
+
+    Raises:
+        ImportError: It was not built; the message says why.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._library = ctypes.CDLL(str(path))
-        for name, (result, arguments) in _SIGNATURES.items():
-            function = getattr(self._library, name)
-            function.restype, function.argtypes = result, arguments
+    def __init__(self, module: ModuleType | None = None) -> None:
+        self._module = _cuda_extension.cuda_extension() if module is None else module
 
     def gemm_rows(
-        self, x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, *, width: int, gelu: bool
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        out: Tensor,
+        *,
+        width: int,
+        gelu: bool,
+        hopper: bool = True,
     ) -> Tensor:
         """``activation(x @ weight[:width].T + bias[:width])`` into the first columns of `out`.
 
@@ -143,22 +73,23 @@ class CudaLibrary:
             weight: All rows, ``[full_width, C]``.
             bias: ``[full_width]``.
             out: ``[T, width]`` or wider.
-            width: Rows in use, a multiple of 64.
+            width: Rows in use.
             gelu: Whether GELU follows the bias.
+            hopper: Whether the kernels for Hopper run, or those for every card from sm_80.
         """
-        self._call(
-            "dynabert_gemm_rows",
+        self._module.gemm_rows(
+            hopper,
+            *_place(x),
+            _BF16,
+            _GELU if gelu else 0,
             *map(_address, (x, weight, bias, out)),
             x.stride(0),
             out.stride(0),
-            x.shape[0],
-            x.shape[1],
+            *x.shape,
             weight.shape[0],
             width,
-            None,
+            0,
             1,
-            int(gelu),
-            _stream(),
         )
         return out
 
@@ -167,57 +98,59 @@ class CudaLibrary:
         x: Tensor,
         weight: Tensor,
         bias: Tensor,
-        residual: Tensor,
         out: Tensor,
         *,
+        residual: Tensor | None = None,
         norm: tuple[Tensor, Tensor] | None = None,
         workspace: Tensor | None = None,
         eps: float = 1e-12,
+        hopper: bool = True,
     ) -> Tensor:
-        """``x @ weight[:width] + bias + residual``, and LayerNorm of it, into `out`.
+        """``x @ weight[:width] + bias``, with `residual` and LayerNorm if given, into `out`.
 
         Args:
-            x: ``[T, width]``, width a multiple of 64.
+            x: ``[T, width]``.
             weight: All rows, ``[full_width, C]``.
             bias: ``[C]``.
-            residual: ``[T, C]``.
             out: ``[T, C]``.
-            norm: Weight and bias of the LayerNorm, ``[C]`` each; C must be 768.
+            residual: ``[T, C]``; only on Hopper.
+            norm: Weight and bias of the LayerNorm, ``[C]`` each; C must be 768. Only on Hopper.
             workspace: `norm_workspace_bytes` zeros, needed with `norm`; left as they were.
             eps: Of the LayerNorm.
+            hopper: Whether the kernels for Hopper run, or those for every card from sm_80.
         """
-        weight_and_bias = norm or (None, None)
-        self._call(
-            "dynabert_gemm_columns",
-            *map(_address, (x, weight, bias, residual, *weight_and_bias, workspace, out)),
+        norm_weight, norm_bias = norm or (None, None)
+        self._module.gemm_columns(
+            hopper,
+            *_place(x),
+            _BF16,
+            *map(_address, (x, weight, bias, residual, norm_weight, norm_bias, workspace)),
+            eps,
+            _address(out),
             x.stride(0),
-            residual.stride(0),
+            0 if residual is None else residual.stride(0),
             out.stride(0),
             x.shape[0],
             out.shape[1],
             weight.shape[0],
             x.shape[1],
-            None,
+            0,
             1,
-            eps,
-            _stream(),
         )
         return out
 
-    def norm_workspace_bytes(self) -> int:
-        """Bytes of the workspace of `gemm_columns` on this device."""
-        size = ctypes.c_size_t()
-        self._call("dynabert_gemm_norm_workspace_bytes", ctypes.byref(size))
-        return size.value
+    def norm_workspace_bytes(self, device: int = 0) -> int:
+        """Bytes of the workspace of `gemm_columns`."""
+        return int(self._module.norm_workspace_bytes(device))
 
-    def encoder_why_not(self, shape: EncoderShape) -> str | None:
+    def encoder_why_not(self, shape: EncoderShape, device: int = 0) -> str | None:
         """Why this device cannot run the shape, or None."""
-        reason = self._library.dynabert_encoder_why_not(*shape.numbers())
-        return None if reason is None else str(reason.decode())
+        reason: str | None = self._module.encoder_why_not(device, *shape.numbers())
+        return reason
 
-    def encoder_workspace_bytes(self, shape: EncoderShape) -> int:
+    def encoder_workspace_bytes(self, shape: EncoderShape, device: int = 0) -> int:
         """Bytes of workspace; to be zeroed once."""
-        return int(self._library.dynabert_encoder_workspace_bytes(*shape.numbers()))
+        return int(self._module.encoder_workspace_bytes(device, *shape.numbers()))
 
     def encoder_forward(
         self,
@@ -243,44 +176,20 @@ class CudaLibrary:
             workspace: `encoder_workspace_bytes`.
             eps: Of every LayerNorm.
         """
-        self._call(
-            "dynabert_encoder_forward",
+        self._module.encoder(
+            *_place(hidden),
             *shape.numbers(),
             *map(_address, (hidden, out, offsets, layers, *subnet)),
+            False,
             eps,
             _address(workspace),
-            _stream(),
         )
         return out
 
-    def _call(self, name: str, *arguments: object) -> None:
-        code = getattr(self._library, name)(*arguments)
-        if code != 0:
-            raise RuntimeError(f"{name}: CUDA error {code}")
+
+def _place(tensor: Tensor) -> tuple[int, int]:
+    return tensor.get_device(), torch.cuda.current_stream().cuda_stream
 
 
-@dataclass(frozen=True)
-class EncoderShape:
-    """Sizes of `EncoderShape` in csrc/encoder/encoder_cuda.h, in its order."""
-
-    tokens: int
-    sequences: int
-    layers: int
-    hidden_size: int
-    head_dim: int
-    max_heads: int
-    max_intermediate: int
-
-    def numbers(self) -> tuple[int, ...]:
-        """As the launchers take them."""
-        return tuple(vars(self).values())
-
-
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-def _stream() -> int:
-    import torch
-
-    return torch.cuda.current_stream().cuda_stream
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

@@ -27,6 +27,8 @@ LENGTHS = (128, 32, 64, 256, 512)
 # Buffers that the calls of a graph take in turn: even the narrowest exceed an L2 of 60 MB together.
 SETS = 4
 CALLS = 8
+# What follows a product over a prefix, as the names of its peers say it.
+RESIDUAL, NORM = " + residual", " + norm"
 # A replay of the eager layers is about a thousand nodes, which the host needs a while to enqueue.
 ENCODER_BACKLOG_MS = 0.5
 
@@ -126,9 +128,10 @@ def time_rows(
         product = F.linear(o["x"], o["weight"][:n], o["bias"][:n])
         return F.gelu(product) if gelu else product
 
-    def ours(index: int) -> Tensor:
+    def ours(hopper: bool, index: int) -> Tensor:
         o = sets[index % SETS]
-        return library.gemm_rows(o["x"], o["weight"], o["bias"], o["out"], width=n, gelu=gelu)
+        operands = o["x"], o["weight"], o["bias"], o["out"]
+        return library.gemm_rows(*operands, width=n, gelu=gelu, hopper=hopper)
 
     def alone(index: int) -> Tensor:
         o = sets[index % SETS]
@@ -137,7 +140,8 @@ def time_rows(
     last = sets[(CALLS - 1) % SETS]
     truth, by_torch = plain({k: v.float() for k, v in last.items()}), plain(last)
     peers = {
-        "cuda": Peer(ours, truth, by_torch),
+        "cuda": Peer(partial(ours, True), truth, by_torch),
+        "cuda sm_80": Peer(partial(ours, False), truth, by_torch),
         "pytorch": Peer(lambda index: plain(sets[index % SETS]), truth, by_torch),
         "cublas alone": Peer(alone),
     }
@@ -152,7 +156,7 @@ def time_columns(
     sizes: tuple[int, int, int],
     width: float,
 ) -> None:
-    """A product over a prefix of the weight's rows, plus bias and residual; with and without norm.
+    """A product over a prefix of the weight's rows, plus bias; with residual; with both and norm.
 
     Args:
         recorder: Takes the rows.
@@ -180,24 +184,28 @@ def time_columns(
                 "residual": draw(tokens, hidden).bfloat16(),
             }
         )
-        for name in ("out", "normed", "alone"):
+        for name in ("out", "out" + RESIDUAL, "out" + NORM, "alone"):
             sets[-1][name] = torch.full_like(sets[-1]["residual"], torch.nan)
 
-    def plain(o: dict[str, Tensor], affine: Sequence[Tensor], norm: bool) -> Tensor:
-        total = F.linear(o["x"], o["dense"], affine[0]) + o["residual"]
-        return F.layer_norm(total, (hidden,), affine[1], affine[2], EPS) if norm else total
+    def plain(o: dict[str, Tensor], affine: Sequence[Tensor], after: str) -> Tensor:
+        product = F.linear(o["x"], o["dense"], affine[0])
+        if not after:
+            return product
+        total = product + o["residual"]
+        return F.layer_norm(total, (hidden,), affine[1], affine[2], EPS) if after == NORM else total
 
-    def ours(norm: bool, index: int) -> Tensor:
-        o = sets[index % SETS]
+    def ours(after: str, hopper: bool, index: int) -> Tensor:
+        o, norm = sets[index % SETS], after == NORM
         return library.gemm_columns(
             o["x"],
             o["weight"],
             bias,
-            o["residual"],
-            o["normed" if norm else "out"],
+            o["out" + after],
+            residual=o["residual"] if after else None,
             norm=(norm_weight, norm_bias) if norm else None,
             workspace=workspace if norm else None,
             eps=EPS,
+            hopper=hopper,
         )
 
     def alone(index: int) -> Tensor:
@@ -207,12 +215,14 @@ def time_columns(
     last, affine = sets[(CALLS - 1) % SETS], (bias, norm_weight, norm_bias)
     wide = {name: tensor.float() for name, tensor in last.items()}
     peers = {"cublas alone": Peer(alone)}
-    for norm, suffix in ((False, ""), (True, " + norm")):
-        truth = plain(wide, [tensor.float() for tensor in affine], norm)
-        by_torch = plain(last, affine, norm)
-        by_pytorch = partial(lambda norm, index: plain(sets[index % SETS], affine, norm), norm)
-        peers[f"cuda{suffix}"] = Peer(partial(ours, norm), truth, by_torch)
-        peers[f"pytorch{suffix}"] = Peer(by_pytorch, truth, by_torch)
+    for after in ("", RESIDUAL, NORM):
+        truth = plain(wide, [tensor.float() for tensor in affine], after)
+        by_torch = plain(last, affine, after)
+        by_pytorch = partial(lambda after, index: plain(sets[index % SETS], affine, after), after)
+        peers[f"cuda{after}"] = Peer(partial(ours, after, True), truth, by_torch)
+        peers[f"pytorch{after}"] = Peer(by_pytorch, truth, by_torch)
+        if not after:
+            peers["cuda sm_80"] = Peer(partial(ours, after, False), truth, by_torch)
     _time_product(recorder, device, case, f"w{width:g}", 2.0 * tokens * n * hidden, peers)
 
 

@@ -45,9 +45,9 @@ def our_model(bert: BertModel, geometry: Geometry, dtype: torch.dtype) -> DynaBe
     return model.to(bert.device, dtype).eval().requires_grad_(False)
 
 
-def backend_of(device: torch.device | str) -> str | None:
+def backend_of(device: torch.device | str, backend: str = BACKEND) -> str | None:
     """What is forced: the kernels on a GPU, the automatic choice where a test runs without one."""
-    return BACKEND if torch.device(device).type == "cuda" else None
+    return backend if torch.device(device).type == "cuda" else None
 
 
 def configured(subnet: Subnet) -> SubnetConfig:
@@ -66,11 +66,12 @@ class OursEager(Peer):
     model: DynaBertModel
     name: str = "ours eager"
     captured: bool = False
+    backend: str = BACKEND
 
     def prepare(self, subnet: Subnet, batch: Batch) -> Forward:
         """A call at a subnet."""
         mask, chosen = _attention_mask(batch), configured(subnet)
-        backend = backend_of(batch.ids.device)
+        backend = backend_of(batch.ids.device, self.backend)
 
         def forward(ids: torch.Tensor) -> torch.Tensor:
             with use_backend(backend):
@@ -97,6 +98,7 @@ class OursGraph(Peer):
 
     model: DynaBertModel
     name: str = "ours graph"
+    backend: str = BACKEND
     runners: dict[tuple[int, int], Any] = field(default_factory=dict)
 
     def variant(self, subnet: Subnet, batch: Batch, static: torch.Tensor, device: str) -> Variant:
@@ -120,6 +122,6 @@ class OursGraph(Peer):
     def _runner(self, batch: Batch) -> Any:
         shape = tuple(batch.ids.shape)
         if shape not in self.runners:
-            with use_backend(backend_of(batch.ids.device)):
+            with use_backend(backend_of(batch.ids.device, self.backend)):
                 self.runners[shape] = self.model.capture(*shape)
         return self.runners[shape]

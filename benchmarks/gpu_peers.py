@@ -46,6 +46,8 @@ from benchmarks.gpu_timing import (
     synchronize,
 )
 from benchmarks.records import Deadline, Recorder
+from dynabert import DynaBertModel
+from dynabert_kernels import _cuda_extension
 from dynabert_kernels.timing import Timing
 
 # bf16 through 12 post-norm layers; a wrong head, neuron or layer gives tenths.
@@ -339,6 +341,13 @@ def hundred_batches(
     return {name: Timing(tuple(values)) for name, values in taken.items()}
 
 
+def cuda_graphs(model: DynaBertModel) -> list[OursGraph]:
+    """Our graphs on the CUDA C++ kernels, on a card and where they were built."""
+    if model.device.type != "cuda" or _cuda_extension.cuda_error() is not None:
+        return []
+    return [OursGraph(model, "ours graph cuda", "cuda")]
+
+
 def run_inference(
     recorder: Recorder,
     device: str,
@@ -363,19 +372,20 @@ def run_inference(
         ragged = CompiledRagged(bench.model, bench.dtype, ragged_layer, embed=embedding)
         model = our_model(bench.model, bench.geometry, bench.dtype)
         graph, plain, fixed = OursGraph(model), OursEager(model), OursGraphPerWidth(model)
+        cuda = cuda_graphs(model)
 
         def large(subnet: Subnet) -> None:
-            bench.compare_large([hf, default, graph, plain], subnet, bench.big)
+            bench.compare_large([hf, default, graph, plain, *cuda], subnet, bench.big)
 
         def single(subnet: Subnet) -> None:
-            bench.compare_single([hf, default, graph, plain], subnet)
+            bench.compare_single([hf, default, graph, plain, *cuda], subnet)
 
         def elastic(subnet: Subnet) -> None:
             bench.compare_large([graph, fixed], subnet, bench.big)
             bench.compare_single([graph, fixed], subnet)
 
         full, narrow = bench.subnet(1.0, 1.0), bench.subnet(0.25, 1.0)
-        ours: list[Peer] = [graph, plain]
+        ours: list[Peer] = [graph, plain, *cuda]
         short = partial(bench.compare_ragged, ragged=ragged, ours=ours)
         steps: list[tuple[str, Callable[[], None]]] = [
             ("large full", partial(large, full)),

@@ -15,7 +15,7 @@ from benchmarks.records import format_table
 
 Row = dict[str, Any]
 Rows = list[Row]
-OURS = "ours graph"
+OURS, CUDA = "ours graph", "ours graph cuda"
 FULL, NARROW = "w1-d1", "w0.25-d1"
 
 
@@ -88,11 +88,13 @@ def ratio(
     return value
 
 
-def rate(case: str, subnet: str, sequences: int) -> Callable[[Rows], float | None]:
+def rate(
+    case: str, subnet: str, sequences: int, ours: str = OURS
+) -> Callable[[Rows], float | None]:
     """Sequences per second of ours."""
 
     def value(rows: Rows) -> float | None:
-        ms = times_ms(rows, case, subnet).get(OURS)
+        ms = times_ms(rows, case, subnet).get(ours)
         return None if ms is None else sequences / ms * 1e3
 
     return value
@@ -144,6 +146,15 @@ TARGETS = (
     ),
     Target("  times compiled, device", ratio(OURS, _compiled, BATCH, NARROW), 1.4),
     Target("  times compiled, 100 batches", ratio(OURS, _compiled, TURNS, NARROW), 1.4),
+    Target("cuda (1, 1) 128 x 128, sequences/s", rate(BATCH, FULL, 128, CUDA), 25_000),
+    Target(
+        "cuda (1, 1) 1 x 128, times compiled", ratio(CUDA, _compiled, "batch1", FULL, l2="warm"), 3
+    ),
+    Target(
+        "  times eager, by the host's clock",
+        ratio(CUDA, _eager, "batch1", FULL, l2="host"),
+        25,
+    ),
     Target(
         "short texts, times compiled padded to 128",
         ratio(OURS, _compiled, "short_texts", shape={"B": 128, "S": 128}, **SHORT),

@@ -39,6 +39,14 @@ def triton_interpret() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").strip().lower() in (*_TRUE, "y")
 
 
+def cuda_emulation() -> str | None:
+    """Returns the file that `DYNABERT_CUDA_EMULATION` names, or None.
+
+    It is a build of the CUDA kernels that runs them on the CPU; see `_cuda_extension`.
+    """
+    return os.environ.get("DYNABERT_CUDA_EMULATION", "").strip() or None
+
+
 def isa() -> str | None:
     """Returns the instruction set named by `DYNABERT_ISA`, or None.
 

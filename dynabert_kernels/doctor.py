@@ -14,16 +14,11 @@ from typing import Any
 
 import torch
 
-from dynabert_kernels import _extension
+from dynabert_kernels import _cuda_extension, _extension, proof
 from dynabert_kernels.ops import OPS, Op, _trust, forced_backend
-from dynabert_kernels.triton import availability, proof
+from dynabert_kernels.triton import availability
 
 _PACKAGES = ("dynabert-kernels", "torch", "transformers", "triton")
-
-# Backends of the design that an op may not have yet, in the order in which they would be chosen.
-_NOT_RELEASED = {
-    "cuda": "CUDA kernels are not part of this release",
-}
 
 
 def doctor_report() -> dict[str, Any]:
@@ -34,9 +29,10 @@ def doctor_report() -> dict[str, Any]:
     Returns:
         Plain JSON values. ``ops[op][backend]`` is None if calls run on the backend here without
         being told to, else the reason why not; ``extension["reason"]`` and ``gpu["reason"]`` are
-        None where there is one to use. ``triton["proven"]`` lists the recorded proofs of its
-        kernels, and ``triton["cards"]`` how each path stands on each card here: ``"proven"``,
-        ``"checked in this process"``, None where its first call checks it, or how it differs.
+        None where there is one to use. ``cuda["build"]`` says what its kernels were built for, None
+        where they were not; ``cuda["proven"]`` and ``triton["proven"]`` list the recorded proofs,
+        and ``["cards"]`` how each path stands on each card here: ``"proven"``, ``"checked in this
+        process"``, None where its first call checks it, or how it differs.
     """
     return {
         "versions": {"python": platform.python_version()} | {p: _version(p) for p in _PACKAGES},
@@ -45,7 +41,15 @@ def doctor_report() -> dict[str, Any]:
         "gpu": _gpu(),
         "forced_backend": forced_backend(),
         "ops": {name: _backends(op) for name, op in OPS.items()},
-        "triton": _triton(),
+        "cuda": {
+            "reason": _cuda_extension.cuda_error(),
+            "build": _cuda_extension.build_info(),
+            **_standing(proof.CUDA, _cuda_extension.OPT_IN or _cuda_extension.cuda_error()),
+        },
+        "triton": {
+            "compilations": availability.triton_compilations(),
+            **_standing(proof.TRITON, availability.triton_missing()),
+        },
     }
 
 
@@ -97,25 +101,22 @@ def _gpu() -> dict[str, Any]:
     return {"reason": reason, "devices": devices, "nvcc": shutil.which("nvcc")}
 
 
-def _triton() -> dict[str, Any]:
+def _standing(backend: str, missing: str | None) -> dict[str, Any]:
+    """The recorded proofs of a backend, and how its paths stand on the cards here."""
     cards: dict[str, dict[str, str | None]] = {}
-    if availability.triton_missing() is None and _gpu()["reason"] is None:
+    if missing is None and _gpu()["reason"] is None:
         for index in range(torch.cuda.device_count()):
             device = torch.device("cuda", index)
             capability = proof.capability(device)
             if capability is not None and torch.cuda.get_device_capability(device) >= (8, 0):
-                cards[capability] = {
-                    str(path): _trust.known(path) for path in proof.all_paths(capability)
-                }
-    return {
-        "compilations": availability.triton_compilations(),
-        "proven": [proof.as_entry(known) for known in proof.proofs()],
-        "cards": cards,
-    }
+                paths = proof.all_paths(backend, capability)
+                cards[capability] = {str(path): _trust.known(path) for path in paths}
+    proven = [proof.as_entry(found) for found in proof.proofs() if found.path.backend == backend]
+    return {"proven": proven, "cards": cards}
 
 
 def _backends(op: Op[Any]) -> dict[str, str | None]:
-    table: dict[str, str | None] = dict(_NOT_RELEASED)
+    table: dict[str, str | None] = {}
     for backend in op.backends:
         table[backend.name] = dict(op.status(backend.device))[backend.name]
         if table[backend.name] is None and backend.device == "cuda":
@@ -153,15 +154,28 @@ def format_report(report: dict[str, Any]) -> str:
         for backend, reason in backends.items():
             runs = "yes" if reason is None else "no"
             lines.append(f"{op:<11}{backend:<11}{runs:<6}{reason or ''}".rstrip())
-    lines += ["", *_triton_lines(report["triton"])]
+    lines += ["", *(f"cuda       {line}" for line in _cuda_lines(report["cuda"]))]
+    lines += [f"triton     {line}" for line in _standing_lines(report["triton"])]
     return "\n".join(lines)
 
 
-def _triton_lines(triton: dict[str, Any]) -> list[str]:
-    where = "{card} ({capability}), triton {triton}, torch {torch}, {date}"
-    proven = Counter(where.format(**entry) for entry in triton["proven"])
+def _cuda_lines(cuda: dict[str, Any]) -> list[str]:
+    build = cuda["build"]
+    if build is None:
+        return []  # the table has the reason
+    if build["emulated"]:
+        return [f"emulated on the CPU, sources {build['sources']}"]
+    architectures = ", ".join(f"sm_{number}" for number in build["architectures"])
+    ptx = f", PTX of compute_{build['ptx']}" if build["ptx"] else ""
+    built = f"built with nvcc {build['nvcc']} for {architectures}{ptx}, sources {build['sources']}"
+    return [built, *_standing_lines(cuda)]
+
+
+def _standing_lines(backend: dict[str, Any]) -> list[str]:
+    where = "{card} ({capability}), kernels {kernels}, torch {torch}, {date}"
+    proven = Counter(where.format(**entry) for entry in backend["proven"])
     found = [f"{count} paths proven on {card}" for card, count in proven.items()]
-    for capability, paths in triton["cards"].items():
+    for capability, paths in backend["cards"].items():
         waiting = [path for path, standing in paths.items() if standing is None]
         good = len(paths) - len(waiting) - len(_differing(paths))
         found.append(f"on {capability} here: {good} of {len(paths)} paths proven or checked")
@@ -170,7 +184,7 @@ def _triton_lines(triton: dict[str, Any]) -> list[str]:
             listed = ", ".join(f"{kind} ({count})" for kind, count in kinds.items())
             found.append(f"check themselves at their first call: {listed}")
         found += [f"not used: {standing}" for standing in _differing(paths)]
-    return [f"triton     {line}" for line in found or ["no path is proven on any card yet"]]
+    return found or ["no path is proven on any card yet"]
 
 
 def _differing(paths: dict[str, str | None]) -> list[str]:

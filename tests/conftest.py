@@ -26,8 +26,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Before the first import of triton: without a GPU its kernels run on the CPU, in its interpreter.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-for variable in ("DYNABERT_BACKEND", "DYNABERT_STRICT", "DYNABERT_ISA"):
-    os.environ.pop(variable, None)
+for variable in ("BACKEND", "STRICT", "ISA", "CUDA_EMULATION"):
+    os.environ.pop(f"DYNABERT_{variable}", None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

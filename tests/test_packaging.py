@@ -116,7 +116,11 @@ def tree(tmp_path: Path) -> Path:
 
 
 def build(tree: Path, kind: str, **environment: str) -> tuple[Path, str]:
-    """Builds a wheel or an sdist through the PEP 517 hooks, in this environment."""
+    """Builds a wheel or an sdist through the PEP 517 hooks, in this environment.
+
+    Without the CUDA kernels, which take minutes, unless `environment` names architectures.
+    """
+    environment = {"DYNABERT_CUDA_ARCHITECTURES": "none"} | environment
     out = tree.parent / "out"
     out.mkdir(exist_ok=True)
     code = f"from setuptools import build_meta as b; print(b.build_{kind}({str(out)!r}))"
@@ -166,7 +170,7 @@ def test_wheel_without_extension_is_pure_and_imports(tree: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert "dynabert/subnet.py" in names
     assert {"dynabert/py.typed", "dynabert_kernels/py.typed"} <= set(names)
-    assert "dynabert_kernels/triton/proven.json" in names
+    assert "dynabert_kernels/proven.json" in names
     assert {f"dynabert/report_page/page.{kind}" for kind in ("html", "css", "js")} <= set(names)
     assert not [name for name in names if name.endswith((".so", ".cpp"))]
 

@@ -3,10 +3,10 @@
 
 #pragma once
 
-#include <cuda_bf16.h>
-
 #include "activation.cuh"
+#include "grid_barrier.cuh"
 #include "mbarrier.cuh"
+#include "mma.cuh"
 #include "tile_schedule.h"
 #include "tma.cuh"
 
@@ -23,7 +23,7 @@ inline constexpr int kNormBlocks = 4;
 // Rows 64 * half + ... of a tile; the order within a half is wgmma's.
 using Accumulator = float[2][kTileColumns / 2];
 
-enum class Epilogue { kBias, kBiasGelu, kResidual, kResidualNorm };
+enum class Epilogue { kBias, kResidual, kResidualNorm };  // an activation may follow the bias
 
 struct GemmArguments {
   PrefixWidth width;
@@ -36,58 +36,6 @@ struct GemmArguments {
   unsigned long long* norm_workspace;
   float norm_eps;
 };
-
-// Four 8 x 8 matrices of bf16 between a warp's registers and shared memory; lane l names row l % 8
-// of matrix l / 8, and holds elements 2 * (l % 4) + {0, 1} of row l / 4 of each.
-__device__ __forceinline__ void store_matrices(std::uint32_t address, const std::uint32_t (&r)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
-               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
-               : "memory");
-}
-
-__device__ __forceinline__ void load_matrices(std::uint32_t address, std::uint32_t (&r)[4]) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
-               : "memory");
-}
-
-__device__ __forceinline__ std::uint32_t pack_bf16(float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const std::uint32_t*>(&pair);
-}
-
-__device__ __forceinline__ float2 unpack_bf16(std::uint32_t pair) {
-  return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
-}
-
-__device__ __forceinline__ float2 load_shared_pair(std::uint32_t address) {
-  float2 pair;
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(pair.x), "=f"(pair.y) : "r"(address));
-  return pair;
-}
-
-__device__ __forceinline__ void store_shared(std::uint32_t address, float value) {
-  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
-}
-
-// Polls a word that another block writes; DYNABERT_SPIN_LIMIT_NS as in mbarrier_wait.
-__device__ __forceinline__ unsigned long long wait_for_nonzero(const unsigned long long* word) {
-#ifdef DYNABERT_SPIN_LIMIT_NS
-  std::uint64_t start = 0;
-#endif
-  while (true) {
-    unsigned long long value;
-    asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
-    if (value != 0) return value;
-#ifdef DYNABERT_SPIN_LIMIT_NS
-    std::uint64_t now;
-    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
-    if (start == 0) start = now;
-    if (now - start > DYNABERT_SPIN_LIMIT_NS) __trap();
-#endif
-  }
-}
 
 // Over the four lanes that hold a row.
 __device__ __forceinline__ float sum_row(float value) {
@@ -150,9 +98,13 @@ class TileEpilogue {
   __device__ __forceinline__ void prefetch(TileOrigin origin) {
     if constexpr (!kNorm) {
       const int column = origin.column + 2 * thread_;
-      bias_pair_ = thread_ < kTileColumns / 2 && column < columns_
-                       ? __ldg(reinterpret_cast<const std::uint32_t*>(args_.bias + column))
-                       : 0;
+      bias_pair_ = 0;
+      if (thread_ < kTileColumns / 2 && column < columns_) {
+        // The bias may end with an odd number of values.
+        bias_pair_ = column + 1 < columns_
+                         ? __ldg(reinterpret_cast<const std::uint32_t*>(args_.bias + column))
+                         : __ldg(reinterpret_cast<const std::uint16_t*>(args_.bias + column));
+      }
     }
   }
 
@@ -171,7 +123,7 @@ class TileEpilogue {
       mbarrier_wait(staging_barrier(), consumer_phase(round));
       finish_plain(acc);
     }
-    fence_async_shared();
+    fence_async_proxy();
     warpgroup_sync(1 + consumer_);
   }
 
@@ -216,7 +168,7 @@ class TileEpilogue {
     for (int i = 0; i < 8; ++i) x[i] = d[block * 8 + i] + (i % 2 ? bias[i / 4].y : bias[i / 4].x);
     if constexpr (kResidual) {
       std::uint32_t packed[4];
-      load_matrices(block_address(half, block), packed);
+      load_matrix_x4(packed, block_address(half, block));
 #pragma unroll
       for (int matrix = 0; matrix < 4; ++matrix) {
         const float2 residual = unpack_bf16(packed[matrix]);
@@ -229,7 +181,7 @@ class TileEpilogue {
   __device__ __forceinline__ void store_block(const float (&x)[8], int half, int block) const {
     const std::uint32_t packed[4] = {pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]),
                                      pack_bf16(x[4], x[5]), pack_bf16(x[6], x[7])};
-    store_matrices(block_address(half, block), packed);
+    store_matrix_x4(block_address(half, block), packed);
   }
 
   __device__ __forceinline__ void finish_plain(const Accumulator& acc) const {
@@ -240,10 +192,8 @@ class TileEpilogue {
       for (int half = 0; half < 2; ++half) {
         float x[8];
         finished_block(x, acc[half], bias, half, block);
-        if constexpr (Traits::kEpilogue == Epilogue::kBiasGelu) {
 #pragma unroll
-          for (int i = 0; i < 8; ++i) x[i] = gelu_erf(x[i]);
-        }
+        for (int i = 0; i < 8; ++i) x[i] = activate<Traits::kActivation>(x[i]);
         store_block(x, half, block);
       }
     }
@@ -301,10 +251,9 @@ class TileEpilogue {
 
   // The slots of this lane's rows, at row_of_part(), in `block`'s list of what `source` says.
   __device__ __forceinline__ unsigned long long* statistics_slots(int block, int source) const {
-    unsigned long long* workspace = args_.norm_workspace;
-    // Opaque at this point: else the address is made before the products and kept through them, and
-    // there is no register for it.
-    asm volatile("" : "+l"(workspace));
+    // Else the address is made before the products and kept through them, and there is no register
+    // for it.
+    unsigned long long* const workspace = opaque(args_.norm_workspace);
     const std::uint32_t list =
         ((blockIdx.x - rank_ + block) * 2 + consumer_) * kNormBlocks + source;
     return workspace + list * kTileRows + thread_ / 32 * 16 + lane_ / 4;
@@ -344,9 +293,7 @@ class TileEpilogue {
       const unsigned long long packed =
           static_cast<unsigned long long>(__float_as_uint(deviation) | 0x80000000u) << 32 |
           __float_as_uint(mean);
-      asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(slots + row_of_part(part)),
-                   "l"(packed)
-                   : "memory");
+      store_relaxed(slots + row_of_part(part), packed);
     }
   }
 
@@ -354,7 +301,7 @@ class TileEpilogue {
   __device__ __forceinline__ void receive_statistics(unsigned long long* slot, float& scale,
                                                      float& shift) const {
     const unsigned long long packed = wait_for_nonzero(slot);
-    asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(slot), "l"(0ull) : "memory");
+    store_relaxed(slot, 0);
     const float block_mean = __uint_as_float(static_cast<std::uint32_t>(packed));
     const float block_squares =
         __uint_as_float(static_cast<std::uint32_t>(packed >> 32) & 0x7fffffffu);

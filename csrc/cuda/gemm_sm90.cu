@@ -6,6 +6,7 @@
 
 #include "gemm_sm90.cuh"
 #include "gemm_sm90.h"
+#include "launch.cuh"
 
 namespace dynabert {
 namespace {
@@ -52,8 +53,18 @@ cudaError_t encode_panels(CUtensorMap* map, const void* data, std::int64_t rows,
                    {64, static_cast<cuuint32_t>(box_rows), static_cast<cuuint32_t>(box_panels)});
 }
 
-// How many groups of blocks the device keeps resident; also raises the kernel's shared-memory
-// limit. Asked once per kernel and device.
+template <class Traits>
+LaunchShape launch_shape(int blocks) {
+  return {.grid = dim3(blocks),
+          .block = dim3(kGemmThreads),
+          .shared_bytes = Traits::kSharedBytes,
+          .cluster = Traits::kCluster,
+          // With LayerNorm blocks wait for each other, so all of them must be resident.
+          .cooperative = Traits::kNorm,
+          .programmatic = !Traits::kNorm};
+}
+
+// How many groups of blocks the device keeps resident; asked once per kernel and device.
 template <class Traits>
 cudaError_t resident_groups(int* groups) {
   static std::atomic<int> known[kMaxDevices];
@@ -63,27 +74,10 @@ cudaError_t resident_groups(int* groups) {
   *groups = known[device].load(std::memory_order_acquire);
   if (*groups > 0) return cudaSuccess;
 
-  const auto kernel = gemm_sm90_kernel<Traits>;
-  if (const cudaError_t error = cudaFuncSetAttribute(
-          kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Traits::kSharedBytes)) {
-    return error;
-  }
-  int multiprocessors = 0;
-  if (const cudaError_t error =
-          cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device)) {
-    return error;
-  }
-  cudaLaunchAttribute cluster = {};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {Traits::kCluster, 1, 1};
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(multiprocessors / Traits::kCluster * Traits::kCluster);
-  config.blockDim = dim3(kGemmThreads);
-  config.dynamicSmemBytes = Traits::kSharedBytes;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
+  LaunchShape shape = launch_shape<Traits>(multiprocessors() / Traits::kCluster * Traits::kCluster);
+  shape.cooperative = shape.programmatic = false;
   int clusters = 0;
-  if (const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config)) {
+  if (const cudaError_t error = max_active_clusters(&clusters, gemm_sm90_kernel<Traits>, shape)) {
     return error;
   }
   *groups = clusters * Traits::kCluster / Traits::kGroup;
@@ -106,34 +100,21 @@ cudaError_t launch(const TensorMaps& maps, const GemmArguments& args, cudaStream
   const TileSchedule schedule(Traits::kTile, args.tokens, columns);
   if (schedule.count < groups) groups = schedule.count;
 
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {Traits::kCluster, 1, 1};
-  if constexpr (Traits::kNorm) {
-    // Blocks wait for each other, so all of them must be resident.
-    attributes[1].id = cudaLaunchAttributeCooperative;
-    attributes[1].val.cooperative = 1;
-  } else {
-    // Blocks may start, up to griddepcontrol.wait, before the previous kernel has ended.
-    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  }
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(groups * Traits::kGroup);
-  config.blockDim = dim3(kGemmThreads);
-  config.dynamicSmemBytes = Traits::kSharedBytes;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = 2;
-  return cudaLaunchKernelEx(&config, gemm_sm90_kernel<Traits>, maps.a, maps.b, maps.out,
-                            maps.residual, args);
+  return launch_kernel(gemm_sm90_kernel<Traits>, launch_shape<Traits>(groups * Traits::kGroup),
+                       stream, maps.a, maps.b, maps.out, maps.residual, args);
+}
+
+// Where a tensor ends for the copy engine, along the width: it reads zeros past it and writes
+// nothing there. A width in device memory is not known here.
+std::int64_t width_bound(const PrefixWidth& width, std::int64_t otherwise) {
+  return width.device_count == nullptr ? width.rows() : otherwise;
 }
 
 bool is_valid(std::int32_t tokens, std::int32_t hidden_size, std::int32_t full_width,
               const PrefixWidth& width) {
-  if (tokens < 0 || hidden_size < 64 || hidden_size % 64 != 0 || full_width < 64) return false;
+  if (tokens < 0 || hidden_size < 64 || hidden_size % 64 != 0 || full_width < 1) return false;
   if (width.device_count != nullptr) return width.unit > 0;
-  return width.rows() > 0 && width.rows() % 64 == 0 && width.rows() <= full_width;
+  return width.rows() > 0 && width.rows() <= full_width;
 }
 
 template <class Traits>
@@ -156,8 +137,9 @@ cudaError_t launch_rows(const GemmRowsSm90& args, cudaStream_t stream) {
                                             args.hidden_size, Traits::kRowsPerLoadB)) {
     return error;
   }
-  if (const cudaError_t error = encode_rows(&maps.out, args.out, args.tokens, args.out_stride,
-                                            args.out_stride, kTileRows)) {
+  if (const cudaError_t error =
+          encode_rows(&maps.out, args.out, args.tokens, width_bound(args.width, args.out_stride),
+                      args.out_stride, kTileRows)) {
     return error;
   }
   return launch<Traits>(maps, kernel_args, stream);
@@ -176,17 +158,20 @@ cudaError_t launch_columns(const GemmColumnsSm90& args, cudaStream_t stream) {
                                      args.norm_eps};
   TensorMaps maps = {};
   if (const cudaError_t error =
-          encode_rows(&maps.a, args.x, args.tokens, args.x_stride, args.x_stride, kTileRows)) {
+          encode_rows(&maps.a, args.x, args.tokens, width_bound(args.width, args.x_stride),
+                      args.x_stride, kTileRows)) {
     return error;
   }
   if (const cudaError_t error =
-          encode_panels(&maps.b, args.weight, args.full_width, args.hidden_size,
-                        Traits::kRowsPerLoadB, kTileColumns / 64)) {
+          encode_panels(&maps.b, args.weight, width_bound(args.width, args.full_width),
+                        args.hidden_size, Traits::kRowsPerLoadB, kTileColumns / 64)) {
     return error;
   }
-  if (const cudaError_t error = encode_rows(&maps.residual, args.residual, args.tokens,
-                                            args.hidden_size, args.residual_stride, kTileRows)) {
-    return error;
+  if constexpr (Traits::kResidual) {
+    if (const cudaError_t error = encode_rows(&maps.residual, args.residual, args.tokens,
+                                              args.hidden_size, args.residual_stride, kTileRows)) {
+      return error;
+    }
   }
   if (const cudaError_t error = encode_rows(&maps.out, args.out, args.tokens, args.hidden_size,
                                             args.out_stride, kTileRows)) {
@@ -195,9 +180,10 @@ cudaError_t launch_columns(const GemmColumnsSm90& args, cudaStream_t stream) {
   return launch<Traits>(maps, kernel_args, stream);
 }
 
-using Rows = GemmTraits<WeightForm::kRows, Epilogue::kBias>;
-using RowsGelu = GemmTraits<WeightForm::kRows, Epilogue::kBiasGelu>;
-using Columns = GemmTraits<WeightForm::kColumns, Epilogue::kResidual>;
+template <Activation kActivation>
+using Rows = GemmTraits<WeightForm::kRows, Epilogue::kBias, kActivation>;
+using Columns = GemmTraits<WeightForm::kColumns, Epilogue::kBias>;
+using ColumnsResidual = GemmTraits<WeightForm::kColumns, Epilogue::kResidual>;
 using ColumnsNorm = GemmTraits<WeightForm::kColumns, Epilogue::kResidualNorm>;
 static_assert(kFusedNormHiddenSize == kNormBlocks * kTileColumns);
 
@@ -208,7 +194,17 @@ cudaError_t gemm_rows_sm90(const GemmRowsSm90& args, cudaStream_t stream) {
     return cudaErrorInvalidValue;
   }
   if (args.tokens == 0) return cudaSuccess;
-  return args.gelu ? launch_rows<RowsGelu>(args, stream) : launch_rows<Rows>(args, stream);
+  switch (args.activation) {
+    case Activation::kNone:
+      return launch_rows<Rows<Activation::kNone>>(args, stream);
+    case Activation::kGelu:
+      return launch_rows<Rows<Activation::kGelu>>(args, stream);
+    case Activation::kGeluTanh:
+      return launch_rows<Rows<Activation::kGeluTanh>>(args, stream);
+    case Activation::kRelu:
+      return launch_rows<Rows<Activation::kRelu>>(args, stream);
+  }
+  return cudaErrorInvalidValue;
 }
 
 cudaError_t gemm_norm_workspace_bytes(std::size_t* bytes) {
@@ -225,10 +221,13 @@ cudaError_t gemm_columns_sm90(const GemmColumnsSm90& args, cudaStream_t stream) 
   }
   if ((args.norm_weight == nullptr) != (args.norm_bias == nullptr)) return cudaErrorInvalidValue;
   const bool norm = args.norm_weight != nullptr;
+  if (norm && args.residual == nullptr) return cudaErrorInvalidValue;
   if (norm && args.hidden_size != kFusedNormHiddenSize) return cudaErrorInvalidValue;
   if (norm && args.norm_workspace == nullptr) return cudaErrorInvalidValue;
   if (args.tokens == 0) return cudaSuccess;
-  return norm ? launch_columns<ColumnsNorm>(args, stream) : launch_columns<Columns>(args, stream);
+  if (norm) return launch_columns<ColumnsNorm>(args, stream);
+  return args.residual != nullptr ? launch_columns<ColumnsResidual>(args, stream)
+                                  : launch_columns<Columns>(args, stream);
 }
 
 }  // namespace dynabert

@@ -20,8 +20,6 @@
 
 #pragma once
 
-#include <cuda_bf16.h>
-
 #include "gemm_epilogue_sm90.cuh"
 #include "mbarrier.cuh"
 #include "tile_schedule.h"
@@ -35,10 +33,12 @@ enum class WeightForm {
   kColumns,  // B[k, n]: the prefix is on K
 };
 
-template <WeightForm kWeightForm, Epilogue kEpilogueKind>
+template <WeightForm kWeightForm, Epilogue kEpilogueKind,
+          Activation kActivationKind = Activation::kNone>
 struct GemmTraits {
   static constexpr WeightForm kForm = kWeightForm;
   static constexpr Epilogue kEpilogue = kEpilogueKind;
+  static constexpr Activation kActivation = kActivationKind;
   static constexpr bool kNorm = kEpilogue == Epilogue::kResidualNorm;
   static constexpr bool kResidual = kNorm || kEpilogue == Epilogue::kResidual;
   // Blocks that share B, and blocks that take the same round together.
@@ -75,19 +75,23 @@ struct GemmShape {
   TileSchedule schedule;
   std::int32_t columns;   // of the output
   std::int32_t k_blocks;  // of a tile
+  std::int32_t k_tail;    // K values of the last block to keep of what the tensor maps give
 
   __device__ __forceinline__ explicit GemmShape(const GemmArguments& args)
       : schedule(Traits::kTile, args.tokens, output_columns(args)), columns(output_columns(args)) {
-    k_blocks =
-        (Traits::kForm == WeightForm::kRows ? args.hidden_size : prefix(args)) / Traits::kBlockK;
-    // No host check sees a width of 0 in device memory; with it there would be no turns to pass.
-    if (k_blocks <= 0) schedule.count = 0;
+    const std::int32_t depth = Traits::kForm == WeightForm::kRows ? args.hidden_size : prefix(args);
+    // At least one, so that a width of 0 in device memory gives the bias alone.
+    k_blocks = max(1, ceil_div(depth, Traits::kBlockK));
+    // The tensor maps end at a width of the host and fill up with zeros; they know none in device
+    // memory, beyond which x and weight may be anything.
+    k_tail = args.width.device_count != nullptr ? depth - (k_blocks - 1) * Traits::kBlockK
+                                                : Traits::kBlockK;
   }
 
  private:
   // A width in device memory is not known to the host's checks; the weight ends at full_width.
   static __device__ __forceinline__ std::int32_t prefix(const GemmArguments& args) {
-    return min(args.width.rows(), args.full_width);
+    return max(0, min(args.width.rows(), args.full_width));
   }
   static __device__ __forceinline__ std::int32_t output_columns(const GemmArguments& args) {
     return Traits::kForm == WeightForm::kRows ? prefix(args) : args.hidden_size;
@@ -134,11 +138,44 @@ __device__ __forceinline__ void produce(std::uint32_t shared, const CUtensorMap*
   }
 }
 
+// Zeroes the K values from `tail` on of a stage that has come, in x and in a transposed weight; the
+// 128 threads of a consumer. What lies there may be NaN, which a product with zero would keep.
+template <class Traits>
+__device__ __forceinline__ void clear_tail(std::uint32_t stage, int tail, int consumer) {
+  const int thread = threadIdx.x % kWarpgroup;
+  static_assert(kTileRows == kWarpgroup, "a row of x for each thread");
+  for (int piece = tail / 8; piece < Traits::kBlockK / 8; ++piece) {
+    const std::uint32_t place = stage + thread * 128 + (piece ^ thread % 8) * 16;
+    const int kept = tail - piece * 8;
+    uint4 values = make_uint4(0, 0, 0, 0);
+    if (kept > 0) {
+      const uint4 all = load_shared_uint4(place);
+      const auto pair = [kept](std::uint32_t both, int first) {
+        return first + 1 < kept ? both : first < kept ? both & 0xffffu : 0u;
+      };
+      values = make_uint4(pair(all.x, 0), pair(all.y, 2), pair(all.z, 4), pair(all.w, 6));
+    }
+    store_shared(place, values);
+  }
+
+  // [part of K][panel of 64 columns][K value], 128 bytes for each.
+  constexpr int kPanels = kTileColumns / 64;
+  constexpr int kRows = Traits::kRowsPerLoadB;
+  for (int i = thread; i < (Traits::kBlockK - tail) * kPanels * 8; i += kWarpgroup) {
+    const int value = tail + i / (kPanels * 8), piece = i % (kPanels * 8);
+    const int line = (value / kRows * kPanels + piece / 8) * kRows + value % kRows;
+    store_shared(stage + Traits::kBytesA + line * 128 + piece % 8 * 16, make_uint4(0, 0, 0, 0));
+  }
+  fence_async_proxy();
+  warpgroup_sync(1 + consumer);
+}
+
 // acc = the tile's product over its K blocks, which begin at `position` in the ring. When the last
 // of them has come, it is the other consumer's turn.
 template <class Traits>
 __device__ __forceinline__ void multiply(Accumulator& acc, std::uint32_t shared,
-                                         RingPosition<Traits::kStages> position, int k_blocks,
+                                         RingPosition<Traits::kStages> position,
+                                         const GemmShape<Traits>& shape, int consumer,
                                          std::uint32_t next_turn) {
   constexpr bool kTransposeB = Traits::kForm == WeightForm::kColumns;
   // A transposed B lies as [part of K][panel of 64 columns][K value]: one part per load.
@@ -157,11 +194,21 @@ __device__ __forceinline__ void multiply(Accumulator& acc, std::uint32_t shared,
 
   pin_registers(acc[0]);
   pin_registers(acc[1]);
-  for (int block = 0; block < k_blocks; ++block, ++position.block) {
+  for (int block = 0; block < shape.k_blocks; ++block, ++position.block) {
     const std::uint32_t stage = position.stage();
     mbarrier_wait(shared + Traits::kFull + stage * 8, position.parity());
-    if (block == k_blocks - 1 && threadIdx.x % kWarpgroup == 0) mbarrier_arrive(next_turn);
+    const bool last = block == shape.k_blocks - 1;
+    if (last) {
+      // Every warp passes the turn on: one that had not yet seen its own would miss it, should the
+      // other consumer hand it back meanwhile.
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(next_turn);
+    }
     const std::uint32_t address = shared + stage * Traits::kStageBytes;
+    if constexpr (kTransposeB) {
+      if (last && shape.k_tail < Traits::kBlockK)
+        clear_tail<Traits>(address, shape.k_tail, consumer);
+    }
     const std::uint64_t a = wgmma_descriptor(address, 16, 1024);
     const std::uint64_t b =
         wgmma_descriptor(address + Traits::kBytesA, kTransposeB ? kPanel : 16, 1024);
@@ -210,7 +257,7 @@ __device__ __forceinline__ void consume(std::uint32_t shared, const CUtensorMap*
     finish.prefetch(origin);
     Accumulator acc;
     mbarrier_wait(my_turn, turn_parity(round));
-    multiply<Traits>(acc, shared, {round * shape.k_blocks}, shape.k_blocks, next_turn);
+    multiply<Traits>(acc, shared, {round * shape.k_blocks}, shape, consumer, next_turn);
     finish.run(acc, round);
     if (threadIdx.x % kWarpgroup == 0) {
       finish.store(origin);
@@ -225,7 +272,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
                      const __grid_constant__ CUtensorMap map_b,
                      const __grid_constant__ CUtensorMap map_out,
                      const __grid_constant__ CUtensorMap map_residual, const GemmArguments args) {
-  extern __shared__ __align__(1024) unsigned char shared_memory[];
+  DYNABERT_SHARED_MEMORY(shared_memory);
   const std::uint32_t shared = shared_address(shared_memory);
   const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / kWarpgroup, 0);
   const int rank = blockIdx.x % Traits::kGroup;
@@ -239,7 +286,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
     }
     for (int consumer = 0; consumer < 2; ++consumer) {
       mbarrier_init(shared + Traits::kStagingFull + consumer * 8, 1);
-      mbarrier_init(shared + Traits::kTurn + consumer * 8, 1);
+      mbarrier_init(shared + Traits::kTurn + consumer * 8, kWarpgroup / 32);
     }
     mbarrier_init_fence();
     tma_prefetch(&map_a);
@@ -250,19 +297,19 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
   // So far this block may have run beside the last blocks of the kernel before it, whose results it
   // reads from here on. The kernel after it may come as early: a multiprocessor holds one block,
   // so that its blocks start where this kernel's have ended.
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  wait_for_previous_kernel();
+  allow_next_kernel();
   TileEpilogue<Traits>::load_vectors(shared, args, rank);
   const GemmShape<Traits> shape(args);
   __syncthreads();
 
   if (warpgroup == 0) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+    give_up_registers<24>();
     if (threadIdx.x == 0) {
       produce<Traits>(shared, &map_a, &map_b, shape, group, num_groups, rank);
     }
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+    take_registers<240>();
     consume<Traits>(shared, &map_out, &map_residual, args, shape, warpgroup - 1, group, num_groups,
                     rank);
   }

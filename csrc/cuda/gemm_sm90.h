@@ -12,13 +12,15 @@
 #include <cstdint>
 
 #include "tile_schedule.h"
+#include "types.h"
 
 namespace dynabert {
 
 // out[t, n] = activation(sum_c x[t, c] * weight[n, c] + bias[n]) for n < width.rows().
 //
-// QKV: weight [H, 3, D, C] seen as [H * 3 * D, C], unit 3 * D. Up: weight [I, C], unit 1. The width
-// is a multiple of 64 rows; `out` beyond it is left as it was.
+// QKV: weight [H, 3, D, C] seen as [H * 3 * D, C], unit 3 * D. Up: weight [I, C], unit 1. Any width
+// from 1 to full_width; `out` beyond a width of the host is left as it was, beyond one in device
+// memory it is undefined up to the next multiple of 64.
 struct GemmRowsSm90 {
   const void* x;       // [T, C]
   const void* weight;  // [full_width, C]
@@ -30,21 +32,21 @@ struct GemmRowsSm90 {
   std::int32_t hidden_size;  // C, a multiple of 64
   std::int32_t full_width;   // rows of the weight
   PrefixWidth width;
-  bool gelu;  // by erf, after the bias
+  Activation activation;
 };
 
 cudaError_t gemm_rows_sm90(const GemmRowsSm90& args, cudaStream_t stream);
 
-// out[t, c] = sum_n x[t, n] * weight[n, c] + bias[c] + residual[t, c] for n < width.rows(), then,
-// if norm_weight is given, LayerNorm over c.
+// out[t, c] = sum_n x[t, n] * weight[n, c] + bias[c] for n < width.rows(); plus residual[t, c] if
+// that is given; then, if norm_weight is given too, LayerNorm over c.
 //
-// Out: weight [H, D, C] seen as [H * D, C], unit D. Down: weight [I, C], unit 1. The width is a
-// positive multiple of 64 rows. `out` may be `residual`, element for element.
+// Out: weight [H, D, C] seen as [H * D, C], unit D. Down: weight [I, C], unit 1. Any width from 1 to
+// full_width; x beyond it is not used. `out` may be `residual`, element for element.
 struct GemmColumnsSm90 {
   const void* x;            // [T, >= width]
   const void* weight;       // [full_width, C]
   const void* bias;         // [C]
-  const void* residual;     // [T, C]
+  const void* residual;     // [T, C] or null
   const void* norm_weight;  // [C] or null
   const void* norm_bias;    // [C] or null
   void* norm_workspace;     // see below; null without LayerNorm

@@ -8,28 +8,45 @@
 
 #include <cstdint>
 
+#include "device.cuh"
+#ifndef __CUDACC__
+#include "emulation/tensor_map.h"
+#endif
+
 namespace dynabert {
 
 __device__ __forceinline__ void tma_prefetch(const CUtensorMap* map) {
+#ifdef __CUDACC__
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+#else
+  emulation::check_tensor_map(map);
+#endif
 }
 
 __device__ __forceinline__ void tma_load(std::uint32_t destination, const CUtensorMap* map,
                                          std::uint32_t barrier, int x, int y) {
+#ifdef __CUDACC__
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%3, %4}], [%2];" ::"r"(destination),
       "l"(map), "r"(barrier), "r"(x), "r"(y)
       : "memory");
+#else
+  emulation::tma_load(destination, map, barrier, 0, {x, y, 0}, 2);
+#endif
 }
 
 __device__ __forceinline__ void tma_load(std::uint32_t destination, const CUtensorMap* map,
                                          std::uint32_t barrier, int x, int y, int z) {
+#ifdef __CUDACC__
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%3, %4, %5}], [%2];" ::"r"(destination),
       "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z)
       : "memory");
+#else
+  emulation::tma_load(destination, map, barrier, 0, {x, y, z}, 3);
+#endif
 }
 
 // The multicast forms write to the same offset of every block in `mask` and count the bytes on
@@ -37,43 +54,58 @@ __device__ __forceinline__ void tma_load(std::uint32_t destination, const CUtens
 __device__ __forceinline__ void tma_load_multicast(std::uint32_t destination,
                                                    const CUtensorMap* map, std::uint32_t barrier,
                                                    std::uint16_t mask, int x, int y) {
+#ifdef __CUDACC__
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
       ".multicast::cluster [%0], [%1, {%4, %5}], [%2], %3;" ::"r"(destination),
       "l"(map), "r"(barrier), "h"(mask), "r"(x), "r"(y)
       : "memory");
+#else
+  emulation::tma_load(destination, map, barrier, mask, {x, y, 0}, 2);
+#endif
 }
 
 __device__ __forceinline__ void tma_load_multicast(std::uint32_t destination,
                                                    const CUtensorMap* map, std::uint32_t barrier,
                                                    std::uint16_t mask, int x, int y, int z) {
+#ifdef __CUDACC__
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
       ".multicast::cluster [%0], [%1, {%4, %5, %6}], [%2], %3;" ::"r"(destination),
       "l"(map), "r"(barrier), "h"(mask), "r"(x), "r"(y), "r"(z)
       : "memory");
+#else
+  emulation::tma_load(destination, map, barrier, mask, {x, y, z}, 3);
+#endif
 }
 
 __device__ __forceinline__ void tma_store(const CUtensorMap* map, std::uint32_t source, int x,
                                           int y) {
+#ifdef __CUDACC__
   asm volatile(
       "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
       "r"(source), "r"(x), "r"(y)
       : "memory");
+#else
+  emulation::tma_store(map, source, {x, y, 0});
+#endif
 }
 
 __device__ __forceinline__ void tma_store_commit() {
+#ifdef __CUDACC__
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+#else
+  emulation::tma_store_commit();
+#endif
 }
 
 // Until every committed store of this thread has read its shared memory.
 __device__ __forceinline__ void tma_store_wait_read() {
+#ifdef __CUDACC__
   asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-}
-
-// Orders this thread's ordinary shared-memory accesses before later ones of the copy engine.
-__device__ __forceinline__ void fence_async_shared() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#else
+  emulation::tma_store_wait_read();
+#endif
 }
 
 }  // namespace dynabert

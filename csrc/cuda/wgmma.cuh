@@ -9,6 +9,11 @@
 
 #include <cstdint>
 
+#include "device.cuh"
+#ifndef __CUDACC__
+#include "emulation/wgmma.h"
+#endif
+
 namespace dynabert {
 
 // Bytes, not elements; `leading` matters only to a transposed B of more than 64 columns.
@@ -34,29 +39,44 @@ __device__ __forceinline__ std::uint64_t wgmma_advance(std::uint64_t descriptor,
 
 // Before the first product that reads registers written by ordinary instructions.
 __device__ __forceinline__ void wgmma_fence() {
+#ifdef __CUDACC__
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#else
+  emulation::meet_warp("wgmma.fence");
+#endif
 }
 
 __device__ __forceinline__ void wgmma_commit() {
+#ifdef __CUDACC__
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#else
+  emulation::wgmma_commit();
+#endif
 }
 
 // Until at most `kPending` of the committed groups are unfinished.
 template <int kPending>
 __device__ __forceinline__ void wgmma_wait() {
+#ifdef __CUDACC__
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+#else
+  emulation::wgmma_wait(kPending);
+#endif
 }
 
 // Keeps the compiler from moving accesses to an accumulator across this point.
 template <int kSize>
-__device__ __forceinline__ void pin_registers(float (&d)[kSize]) {
+__device__ __forceinline__ void pin_registers([[maybe_unused]] float (&d)[kSize]) {
+#ifdef __CUDACC__
 #pragma unroll
   for (int i = 0; i < kSize; ++i) asm volatile("" : "+f"(d[i])::"memory");
+#endif
 }
 
 template <bool kTransposeB>
 __device__ __forceinline__ void wgmma_m64n192k16(float (&d)[96], std::uint64_t a, std::uint64_t b,
                                                  int accumulate) {
+#ifdef __CUDACC__
   asm volatile(
       "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %98, 0;\n\t"
       "wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 {"
@@ -82,6 +102,9 @@ __device__ __forceinline__ void wgmma_m64n192k16(float (&d)[96], std::uint64_t a
         "+f"(d[84]), "+f"(d[85]), "+f"(d[86]), "+f"(d[87]), "+f"(d[88]), "+f"(d[89]), "+f"(d[90]),
         "+f"(d[91]), "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95])
       : "l"(a), "l"(b), "r"(accumulate), "n"(kTransposeB ? 1 : 0));
+#else
+  emulation::wgmma<192>(d, a, b, accumulate != 0, kTransposeB);
+#endif
 }
 
 }  // namespace dynabert

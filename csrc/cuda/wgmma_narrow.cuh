@@ -23,6 +23,15 @@ __device__ __forceinline__ std::uint64_t wgmma_descriptor_32(std::uint32_t addre
          static_cast<std::uint64_t>(256 >> 4) << 32 | kSwizzle32 << 62;
 }
 
+#ifndef __CUDACC__
+template <int kColumns>
+struct NarrowWgmma {
+  template <bool kTransposeB>
+  static void run(float (&d)[kColumns / 2], std::uint64_t a, std::uint64_t b, int accumulate) {
+    emulation::wgmma<kColumns>(d, a, b, accumulate != 0, kTransposeB);
+  }
+};
+#else
 template <int kColumns>
 struct NarrowWgmma;
 
@@ -138,5 +147,6 @@ DYNABERT_NARROW_WGMMA(128, DYNABERT_NAMES_128, DYNABERT_OPERANDS_128, 64, 65, 66
 #undef DYNABERT_NAMES_128
 #undef DYNABERT_OPERANDS_128
 #undef DYNABERT_NARROW_WGMMA
+#endif
 
 }  // namespace dynabert

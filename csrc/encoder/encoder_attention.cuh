@@ -8,19 +8,12 @@
 
 namespace dynabert::encoder {
 
-// 2^x, 0 where that is subnormal: weights that small vanish beside the largest, which is 1.
-__device__ __forceinline__ float exp2_flushed(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // The loaders' part of a phase of its own; the first warpgroup has none. An item is one head and
 // one tile of query rows. The warps of a query group share the keys in turns of 16, each with its
 // own running maximum and sum, and are combined in their order.
 template <int kHeadDim>
 __device__ __forceinline__ void attend(const Parameters& p, int num_heads, const QueryTile* tiles,
-                                       int num_tiles, char* shared) {
+                                       int num_tiles, unsigned char* shared) {
   constexpr int kPieces = kHeadDim / 8;  // 16-byte pieces of a row
   constexpr int kStride = kHeadDim + 8;  // floats between rows of partial outputs
   // Bytes of a warp: two tiles of values, then its output.
@@ -111,7 +104,7 @@ __device__ __forceinline__ void attend(const Parameters& p, int num_heads, const
         m = fmaxf(m, __shfl_xor_sync(kAllLanes, m, 1));
         m = fmaxf(m, __shfl_xor_sync(kAllLanes, m, 2));
         m = fmaxf(m, maximum[r]);
-        const float shrink = exp2_flushed(maximum[r] - m);
+        const float shrink = exp2_approx(maximum[r] - m);
         maximum[r] = m;
         sum[r] *= shrink;
 #pragma unroll
@@ -121,8 +114,8 @@ __device__ __forceinline__ void attend(const Parameters& p, int num_heads, const
         }
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          s[i][2 * r] = exp2_flushed(s[i][2 * r] - m);
-          s[i][2 * r + 1] = exp2_flushed(s[i][2 * r + 1] - m);
+          s[i][2 * r] = exp2_approx(s[i][2 * r] - m);
+          s[i][2 * r + 1] = exp2_approx(s[i][2 * r + 1] - m);
           sum[r] += s[i][2 * r] + s[i][2 * r + 1];
         }
       }
@@ -183,7 +176,7 @@ __device__ __forceinline__ void attend(const Parameters& p, int num_heads, const
       float total_sum = 0.0f;
 #pragma unroll
       for (int w = 0; w < kLoaderWarps; ++w) {
-        const float factor = exp2_flushed(extreme[w].x - top);  // 0 for a warp that had no key
+        const float factor = exp2_approx(extreme[w].x - top);  // 0 for a warp that had no key
         total.x += factor * part[w].x;
         total.y += factor * part[w].y;
         total.z += factor * part[w].z;

@@ -14,12 +14,11 @@
 // A block is one warpgroup that multiplies (and streams the weights, one product ahead, across the
 // barriers) and two that load activations, run attention and finish the sums of a cluster.
 
-#include <cuda_runtime.h>
-
 #include <algorithm>
 #include <atomic>
 
 #include "../cuda/grid_barrier.cuh"
+#include "../cuda/launch.cuh"
 #include "encoder_attention.cuh"
 #include "encoder_cuda.h"
 #include "encoder_parameters.cuh"
@@ -32,7 +31,7 @@ namespace {
 
 template <int kHeadDim>
 __global__ void __launch_bounds__(kThreads, 1) encoder_kernel(const Parameters p) {
-  extern __shared__ __align__(1024) char shared[];
+  DYNABERT_SHARED_MEMORY(shared);
   Step* steps = reinterpret_cast<Step*>(shared + p.shared.tables);
   const int kept = *p.call.num_kept;
   int& num_tiles = *reinterpret_cast<int*>(steps + 4 * kept);
@@ -75,7 +74,7 @@ __global__ void __launch_bounds__(kThreads, 1) encoder_kernel(const Parameters p
 
   // 168 registers a thread at launch; accumulators need fewer, loads in flight more.
   if (multiplies) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 104;");
+    give_up_registers<104>();
     prefetch(0);
     for (int index = 0; index < 4 * kept; ++index) {
       const ProductArgs& a = steps[index].args;
@@ -110,7 +109,7 @@ __global__ void __launch_bounds__(kThreads, 1) encoder_kernel(const Parameters p
       }
     }
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 200;");
+    take_registers<200>();
     const bool speaks = threadIdx.x == kMmaThreads;
     GridBarrier barrier;
     auto finish_phase = [&] {
@@ -130,9 +129,7 @@ __global__ void __launch_bounds__(kThreads, 1) encoder_kernel(const Parameters p
       uint2 bias = make_uint2(0, 0);
       const int lane_column = loader % 32 * 4;
       const int column = task.slice * plan.columns + lane_column;
-      if (task.active && lane_column < plan.columns && column < a.n) {
-        bias = *reinterpret_cast<const uint2*>(a.bias + column);
-      }
+      if (task.active && lane_column < plan.columns && column < a.n) bias = load_bias(a, column);
       if (index > 0 && speaks) barrier.wait(p.workspace.barrier);
       named_barrier_sync(kStaged, kThreads);
       const uint4* shared_norm = reinterpret_cast<const uint4*>(shared + p.shared.norm[index & 1]);
@@ -212,17 +209,20 @@ std::size_t place_workspace(const EncoderShape& shape, void* base, Workspace* wo
   workspace->middle = static_cast<bf16*>(take(hidden_bytes));
   workspace->qkv = static_cast<bf16*>(take(3 * head_bytes));
   workspace->context = static_cast<bf16*>(take(head_bytes));
-  workspace->activation = static_cast<bf16*>(take(rows * shape.max_intermediate * sizeof(bf16)));
+  workspace->activation =
+      static_cast<bf16*>(take(rows * round_up(shape.max_intermediate, 16) * sizeof(bf16)));
   return used;
 }
 
+using Kernel = void (*)(Parameters);
+
 // Heads of 128 would not fit: queries, keys and sums of a warp exceed the registers of a thread.
-const void* kernel_for(int head_dim) {
+Kernel kernel_for(int head_dim) {
   switch (head_dim) {
     case 32:
-      return reinterpret_cast<const void*>(&encoder_kernel<32>);
+      return encoder_kernel<32>;
     case 64:
-      return reinterpret_cast<const void*>(&encoder_kernel<64>);
+      return encoder_kernel<64>;
   }
   return nullptr;
 }
@@ -235,46 +235,30 @@ int table_bytes(const EncoderShape& shape) {
 }
 
 struct LaunchPlan {
-  const void* kernel;
+  Kernel kernel;
   SharedPlan shared;
   int blocks;
 };
 
-cudaLaunchConfig_t launch_config(int blocks, int shared_bytes, cudaStream_t stream,
-                                 cudaLaunchAttribute (&attributes)[2]) {
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim.x = kClusterSize;
-  attributes[0].val.clusterDim.y = 1;
-  attributes[0].val.clusterDim.z = 1;
-  attributes[1].id = cudaLaunchAttributeCooperative;
-  attributes[1].val.cooperative = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(blocks);
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = 2;
-  return config;
+LaunchShape launch_shape(int blocks, int shared_bytes) {
+  return {.grid = dim3(blocks),
+          .block = dim3(kThreads),
+          .shared_bytes = static_cast<std::size_t>(shared_bytes),
+          .cluster = kClusterSize,
+          .cooperative = true};
 }
 
 // Clusters that the device holds at once, at most kMaxClusters. A cluster lies within one group of
 // multiprocessors, and groups differ in size: 132 of them hold 15 or 16. Asked for once per device.
-int resident_clusters(const void* kernel, int device, int head_dim, int shared_limit) {
+int resident_clusters(Kernel kernel, int device, int head_dim, int shared_limit) {
   constexpr int kDevices = 64;
   static std::atomic<int> known[kDevices][2] = {};
   std::atomic<int>* entry = device < kDevices ? &known[device][head_dim / 64] : nullptr;
   int clusters = entry != nullptr ? entry->load(std::memory_order_relaxed) : 0;
   if (clusters > 0) return clusters;
-  cudaLaunchAttribute attributes[2] = {};
-  cudaLaunchConfig_t config =
-      launch_config(kMaxClusters * kClusterSize, shared_limit, nullptr, attributes);
-  config.numAttrs = 1;
-  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_limit) !=
-          cudaSuccess ||
-      cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) != cudaSuccess) {
-    return 0;
-  }
+  LaunchShape shape = launch_shape(kMaxClusters * kClusterSize, shared_limit);
+  shape.cooperative = false;
+  if (max_active_clusters(&clusters, kernel, shape) != cudaSuccess) return 0;
   clusters = std::min(clusters, kMaxClusters);
   if (entry != nullptr) entry->store(clusters, std::memory_order_relaxed);
   return clusters;
@@ -295,8 +279,8 @@ const char* plan_launch(const EncoderShape& shape, LaunchPlan* plan) {
   if (shape.max_heads < 1 || shape.max_heads * shape.head_dim > kMaxHiddenSize) {
     return "heads are not from 1 to 1024 / head_dim";
   }
-  if (shape.max_intermediate < 16 || shape.max_intermediate > 4096 || shape.max_intermediate % 16) {
-    return "intermediate_size is no multiple of 16 up to 4096";
+  if (shape.max_intermediate < 1 || shape.max_intermediate > kMaxIntermediate) {
+    return "intermediate_size is not from 1 to 4096";
   }
   int device = 0, major = 0, limit = 0;
   if (cudaGetDevice(&device) != cudaSuccess ||
@@ -309,13 +293,10 @@ const char* plan_launch(const EncoderShape& shape, LaunchPlan* plan) {
   const int clusters = resident_clusters(plan->kernel, device, shape.head_dim, limit);
   if (clusters < kMaxClusters / 2) return "the device holds fewer than 8 clusters of 8 blocks";
   plan->blocks = clusters * kClusterSize;
-  plan->shared = plan_shared(shape.tokens, shape.hidden_size, shape.head_dim, shape.max_heads,
-                             shape.max_intermediate, plan->blocks, table_bytes(shape), limit);
+  plan->shared =
+      plan_shared(shape.tokens, shape.hidden_size, shape.head_dim, shape.max_heads,
+                  round_up(shape.max_intermediate, 16), plan->blocks, table_bytes(shape), limit);
   if (plan->shared.total > limit) return "a slice of the weights exceeds shared memory";
-  if (cudaFuncSetAttribute(plan->kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           plan->shared.total) != cudaSuccess) {
-    return "the device refuses the kernel's shared memory";
-  }
   return nullptr;
 }
 
@@ -342,16 +323,15 @@ cudaError_t encoder_forward(const EncoderShape& shape, const EncoderCall& call,
   parameters.tokens = shape.tokens;
   parameters.sequences = shape.sequences;
   parameters.hidden_size = shape.hidden_size;
+  parameters.max_heads = shape.max_heads;
+  parameters.max_intermediate = shape.max_intermediate;
   parameters.norm_columns =
       encoder::plan_product(encoder::kOut, shape.tokens, shape.hidden_size, 64, plan.blocks)
           .columns;
   encoder::place_workspace(shape, call.workspace, &parameters.workspace);
 
-  cudaLaunchAttribute attributes[2] = {};
-  const cudaLaunchConfig_t config =
-      encoder::launch_config(plan.blocks, plan.shared.total, stream, attributes);
-  void* arguments[] = {&parameters};
-  return cudaLaunchKernelExC(&config, plan.kernel, arguments);
+  return launch_kernel(plan.kernel, encoder::launch_shape(plan.blocks, plan.shared.total), stream,
+                       parameters);
 }
 
 }  // namespace dynabert

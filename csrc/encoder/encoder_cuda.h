@@ -11,13 +11,13 @@ namespace dynabert {
 
 // Sizes that a plan is made for. Those of a call may be smaller where it says "at most".
 struct EncoderShape {
-  int tokens;            // packed tokens of all sequences, at most 512
-  int sequences;         // at least 1, each of at least one token
+  int tokens;            // rows, at most 512; those past the last sequence give undefined values
+  int sequences;         // at least 1
   int layers;            // entries of the layer list, at most 48
   int hidden_size;       // a multiple of 128, at most 1024
   int head_dim;          // 32 or 64
   int max_heads;         // of any layer; max_heads * head_dim at most 1024
-  int max_intermediate;  // of any layer, a multiple of 16, at most 4096
+  int max_intermediate;  // of any layer, at most 4096
 };
 
 // Pointers to one layer's tensors in device memory, bf16, 16-byte aligned, in the layout of
@@ -42,14 +42,16 @@ struct EncoderLayer {
 struct EncoderCall {
   const void* hidden;              // bf16 [tokens, hidden_size]: the embeddings' output
   void* output;                    // bf16 [tokens, hidden_size]; may be `hidden`
-  const std::int32_t* cu_seqlens;  // [sequences + 1], from 0 to tokens
+  const std::int32_t* cu_seqlens;  // [sequences + 1], from 0 to at most tokens
   const EncoderLayer* weights;     // of all layers of the model
   const std::int32_t* num_kept;    // [1], 0 .. shape.layers; 0 copies
-  // Indices into `weights`, heads (1 .. max_heads) and neurons (16 .. max_intermediate, multiples
-  // of 16) of each kept layer, all [shape.layers]; the first num_kept count.
+  // Indices into `weights`, heads (1 .. max_heads) and neurons (1 .. max_intermediate) of each kept
+  // layer, all [shape.layers]; the first num_kept count. With one_width heads and neurons are one
+  // number each, of every layer. Widths out of range are brought into it.
   const std::int32_t* layer_list;
   const std::int32_t* num_heads;
   const std::int32_t* intermediate_size;
+  bool one_width;
   float norm_eps;
   void* workspace;  // encoder_workspace_bytes() bytes, 256-byte aligned
 };

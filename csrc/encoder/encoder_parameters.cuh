@@ -2,8 +2,6 @@
 
 #pragma once
 
-#include <cuda_bf16.h>
-
 #include <cstdint>
 
 #include "../cuda/mma.cuh"
@@ -48,6 +46,8 @@ struct Parameters {
   int tokens;
   int sequences;
   int hidden_size;
+  int max_heads;
+  int max_intermediate;
   int norm_columns;  // of a slice of the products that end in LayerNorm
 };
 

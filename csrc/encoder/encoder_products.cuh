@@ -15,6 +15,7 @@ namespace dynabert::encoder {
 struct ProductArgs {
   Product product;
   int n, k;
+  int weight_rows;  // of the prefix; neurons are rounded up to 16 in n and k
   const bf16* weight;
   const bf16* bias;
   const bf16* input;               // [tokens, k]
@@ -33,14 +34,16 @@ __device__ inline ProductArgs product_args(const Parameters& p, int head_dim, in
   const int position = index / 4;
   const Product product = static_cast<Product>(index % 4);
   const EncoderLayer& layer = p.call.weights[p.call.layer_list[position]];
-  const int intermediate_size = p.call.intermediate_size[position];
+  const int place = p.call.one_width ? 0 : position;
+  const int num_heads = min(max(p.call.num_heads[place], 1), p.max_heads);
+  const int neurons = min(max(p.call.intermediate_size[place], 1), p.max_intermediate);
   const Workspace& w = p.workspace;
-  const int head_columns = p.call.num_heads[position] * head_dim;
+  const int head_columns = num_heads * head_dim;
   auto pointer = [](const void* v) { return static_cast<const bf16*>(v); };
   ProductArgs a{};
   a.product = product;
   if (product == kQkv) {
-    a.n = 3 * head_columns;
+    a.n = a.weight_rows = 3 * head_columns;
     a.k = p.hidden_size;
     a.weight = pointer(layer.qkv_weight);
     a.bias = pointer(layer.qkv_bias);
@@ -56,7 +59,7 @@ __device__ inline ProductArgs product_args(const Parameters& p, int head_dim, in
     a.output = w.qkv;
   } else if (product == kOut) {
     a.n = p.hidden_size;
-    a.k = head_columns;
+    a.k = a.weight_rows = head_columns;
     a.weight = pointer(layer.out_weight);
     a.bias = pointer(layer.out_bias);
     a.input = w.context;
@@ -64,8 +67,9 @@ __device__ inline ProductArgs product_args(const Parameters& p, int head_dim, in
     a.output_statistics = w.attention_statistics;
     a.output = w.attention_sums;
   } else if (product == kUp) {
-    a.n = intermediate_size;
+    a.n = round_up(neurons, 16);
     a.k = p.hidden_size;
+    a.weight_rows = neurons;
     a.weight = pointer(layer.up_weight);
     a.bias = pointer(layer.up_bias);
     a.input = w.attention_sums;
@@ -77,7 +81,8 @@ __device__ inline ProductArgs product_args(const Parameters& p, int head_dim, in
     a.output = w.activation;
   } else {
     a.n = p.hidden_size;
-    a.k = intermediate_size;
+    a.k = round_up(neurons, 16);
+    a.weight_rows = neurons;
     a.weight = pointer(layer.down_weight);
     a.bias = pointer(layer.down_bias);
     a.input = w.activation;
@@ -86,6 +91,19 @@ __device__ inline ProductArgs product_args(const Parameters& p, int head_dim, in
     a.output = w.ffn_sums;
   }
   return a;
+}
+
+// Four values of the bias from `column` on, a multiple of 4; zeros past an odd number of neurons.
+__device__ __forceinline__ uint2 load_bias(const ProductArgs& a, int column) {
+  const int valid = a.product == kUp ? a.weight_rows - column : 4;
+  if (valid >= 4) return *reinterpret_cast<const uint2*>(a.bias + column);
+  const unsigned short* bias = reinterpret_cast<const unsigned short*>(a.bias + column);
+  unsigned values[3] = {};
+#pragma unroll
+  for (int i = 0; i < 3; ++i) {
+    if (i < valid) values[i] = bias[i];
+  }
+  return make_uint2(values[0] | values[1] << 16, values[2]);
 }
 
 // A product with this block's part in it. All of them lie in shared memory, made once: registers
@@ -98,7 +116,8 @@ struct Step {
 
 // Starts the copy of this block's slice of the weights, and of the LayerNorm parameters that its
 // activations need; the 128 threads of the first warpgroup. A last block of less than 64 K values
-// is filled with zeros, here and in the activations.
+// is filled with zeros, here and in the activations. Neurons past the prefix have zeros here, and
+// what up computes for them is another neuron's, which zeros end.
 __device__ __forceinline__ void prefetch_weights(const Step& step, std::uint32_t buffer,
                                                  std::uint32_t norm, int norm_depth) {
   const ProductArgs& a = step.args;
@@ -119,7 +138,7 @@ __device__ __forceinline__ void prefetch_weights(const Step& step, std::uint32_t
 #pragma unroll 4
       for (int row = threadIdx.x / 2; row < depth; row += kMmaThreads / 2) {
         const std::uint32_t place = base + row * 32 + (piece ^ (row / 4 & 1)) * 16;
-        if (row < task.depth) {
+        if (task.depth_begin + row < a.weight_rows) {
           copy_async_16(place, source + static_cast<std::size_t>(row) * a.n);
         } else {
           store_shared(place, make_uint4(0, 0, 0, 0));
@@ -135,7 +154,7 @@ __device__ __forceinline__ void prefetch_weights(const Step& step, std::uint32_t
       const std::uint32_t base = buffer + block * plan.columns * 128;
 #pragma unroll 4
       for (int row = threadIdx.x / 8; row < plan.columns; row += kMmaThreads / 8) {
-        const int column = min(column_begin + row, a.n - 1);
+        const int column = min(column_begin + row, a.weight_rows - 1);
         const std::uint32_t place = base + row * 128 + (piece ^ (row & 7)) * 16;
         if (inside) {
           copy_async_16(place, source + static_cast<std::size_t>(column) * a.k);
@@ -275,12 +294,9 @@ __device__ __forceinline__ void multiply(int depth, int part_depth, std::uint32_
   const std::uint32_t place = tile + (row * partial_stride(kColumns) + lane % 4 * 2) * 2;
 #pragma unroll
   for (int j = 0; j < kColumns / 8; ++j) {
-    asm volatile("st.shared.b32 [%0], %1;" ::"r"(place + j * 16),
-                 "r"(pack_half(d[4 * j], d[4 * j + 1]))
-                 : "memory");
-    asm volatile("st.shared.b32 [%0], %1;" ::"r"(place + j * 16 + 8 * partial_stride(kColumns) * 2),
-                 "r"(pack_half(d[4 * j + 2], d[4 * j + 3]))
-                 : "memory");
+    store_shared(place + j * 16, pack_half(d[4 * j], d[4 * j + 1]));
+    store_shared(place + j * 16 + 8 * partial_stride(kColumns) * 2,
+                 pack_half(d[4 * j + 2], d[4 * j + 3]));
   }
 }
 

@@ -34,6 +34,7 @@ inline constexpr int kMaxColumns = 128;    // output columns of a slice
 inline constexpr int kMaxPartDepth = 512;  // K elements of a part
 inline constexpr int kMaxTokens = 512;
 inline constexpr int kMaxHiddenSize = 1024;
+inline constexpr int kMaxIntermediate = 4096;
 inline constexpr int kMaxLayers = 48;
 inline constexpr int kNormSlices = 16;  // LayerNorm statistics come in at most 16 pieces a row
 inline constexpr int kLoaderWarps = 8;

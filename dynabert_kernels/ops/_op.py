@@ -102,6 +102,10 @@ class Backend(Generic[CallT]):
         unproven: A sentence if only `use_backend` may choose it. The automatic choice passes it
             over without a warning, and neither warns nor fails under ``DYNABERT_STRICT`` where it
             is the only native backend of a device; where a message lists backends, it says this.
+        yields: A sentence if another backend is the better choice for a call that this one can
+            run, else None. The automatic choice then asks it last, without a warning: it runs what
+            no other native backend can. `use_backend` still forces it. Asked for calls on `device`,
+            and traced by Dynamo.
         doubt: A sentence if results of such a call are not to be trusted on its device, else None;
             takes the call and whether gradients are needed. Asked last, and not while Dynamo
             traces, so the overloads ask for themselves (`Op.step_aside`). The automatic choice then
@@ -119,6 +123,7 @@ class Backend(Generic[CallT]):
     why_not: Callable[[CallT], str | None] | None = None
     unavailable: Callable[[], str | None] | None = None
     unproven: str | None = None
+    yields: Callable[[CallT], str | None] | None = None
     doubt: Callable[[CallT, bool], str | None] | None = None
     backward: Callable[..., Any] | None = None
     setup_context: Callable[..., None] | None = None
@@ -271,7 +276,10 @@ class Op(Generic[CallT]):
             reason = self.why_not_native(call)
         can_train = backend.backward is not None or backend.training is not None
         if reason is None and not can_train and needs_gradients(call):
-            reason = "it has no backward, and gradients are needed. Call it under torch.no_grad()"
+            reason = (
+                "the call needs gradients, and this backend has no backward. Call it under "
+                "torch.no_grad()"
+            )
         if reason is None and backend.scope is not None:
             reason = backend.scope(call)
         return reason
@@ -283,7 +291,7 @@ class Op(Generic[CallT]):
         native_here = False
         doubt: str | None = None
         device_type = call.hidden.device.type
-        for backend in self.backends:
+        for backend in self._in_turn(call, device_type):
             if _forced is None and backend.unproven is not None:
                 reasons[backend.name] = backend.unproven
                 continue
@@ -314,6 +322,22 @@ class Op(Generic[CallT]):
                 raise self._cannot_run(call, reasons, "switched off by DYNABERT_STRICT=1")
             self._warn_once(call, reasons, doubt)
         return None
+
+    def _in_turn(self, call: CallT, device_type: str) -> Sequence[Backend[CallT]]:
+        """The backends as a choice asks them: those that yield after all others."""
+        if _forced is not None:
+            return self.backends
+        last = [
+            backend.name
+            for backend in self.backends
+            if backend.device == device_type
+            and backend.yields is not None
+            and backend.unproven is None
+            and backend.yields(call) is not None
+        ]
+        if not last:
+            return self.backends
+        return sorted(self.backends, key=lambda backend: backend.name in last)
 
     def step_aside(self, name: str, call: CallT, doubt: str) -> None:
         """Says that an overload takes the reference because its own results are in doubt.

@@ -1,4 +1,4 @@
-"""The Triton kernels against the reference on fresh random problems, within the tests' tolerance.
+"""The GPU kernels against the reference on fresh random problems, within the tests' tolerance.
 
 Only the device of a caller is used, none of its tensors.
 """
@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dynabert_kernels import proof
 from dynabert_kernels.layout import PackedAttention, PackedFFN
 from dynabert_kernels.ops import _trust
 from dynabert_kernels.ops._op import OPS
 from dynabert_kernels.ops.embeddings import EmbeddingTables
+from dynabert_kernels.proof import Path
 from dynabert_kernels.testing import (
     assert_as_accurate,
     converted,
@@ -24,8 +26,6 @@ from dynabert_kernels.testing import (
     random_hidden,
     tensors_of,
 )
-from dynabert_kernels.triton import proof
-from dynabert_kernels.triton.proof import Path
 from dynabert_kernels.varlen import offsets_of
 
 _SEED = 2**40 + 7  # of dropout: both words of the counter are used
@@ -52,7 +52,8 @@ class Problem(NamedTuple):
 
 
 _RAGGED, _LONG = (37, 1, 0, 90), (150, 0, 17, 64)
-FIRST_USE = {
+_BATCH, _MIXED = (128,) * 16, (128, 5, 64, 101, 300, 1, 0, 77)
+_FEW: dict[str, tuple[Problem, ...]] = {
     "attention": (
         Problem(_RAGGED, 256, 4, 3),
         Problem(_LONG, 256, 4, (4, 1, 2, 3), dropout_p=0.2),
@@ -62,22 +63,64 @@ FIRST_USE = {
         Problem(_LONG, 256, 512, (512, 33, 128, 300), dropout_p=0.2),
     ),
 }
-# Most of the time goes to compiling, so each problem has to reach kernels that no other does.
-_BATCH, _MIXED = (128,) * 16, (128, 5, 64, 101, 300, 1, 0, 77)
-THOROUGH = {
+# In Triton most of the time goes to compiling, so each problem has to reach kernels that no other
+# does. In CUDA C++ nothing is compiled, and the first use reaches all: widths from the host and the
+# device, one or many; the norm in the product, a warp or a block a row; every activation.
+_MANY: dict[str, tuple[Problem, ...]] = {
     "attention": (
-        *FIRST_USE["attention"],
+        *_FEW["attention"],
         Problem(_BATCH, 768, 12, 12),
         Problem(_MIXED, 768, 12, (12, 3, 6, 9) * 2, dropout_p=0.1),
     ),
     "ffn": (
-        *FIRST_USE["ffn"],
+        *_FEW["ffn"],
         Problem(_RAGGED, 256, 512, 512, activation="relu"),
         Problem(_RAGGED, 40, 70, 33, activation="gelu_tanh"),
         Problem(_BATCH, 768, 3072, 3072),
         Problem(_MIXED, 768, 3072, (3072, 768, 1536, 2304) * 2, dropout_p=0.1),
     ),
 }
+_CUDA: dict[str, tuple[Problem, ...]] = {
+    "attention": (
+        *_MANY["attention"],
+        Problem(_RAGGED, 40, 3, 2),
+        Problem(_MIXED, 768, 12, (7,)),
+        Problem(_RAGGED, 1152, 4, 3),
+    ),
+    "ffn": (
+        *_MANY["ffn"],
+        Problem(_RAGGED, 768, 70, (33,), activation="relu"),
+        Problem(_RAGGED, 768, 512, 77, activation="gelu_tanh"),
+        Problem(_RAGGED, 1152, 70, 70),
+    ),
+}
+FIRST_USE = {proof.TRITON: _FEW, proof.CUDA: _CUDA}
+THOROUGH = {proof.TRITON: _MANY, proof.CUDA: _CUDA}
+
+
+class EncoderProblem(NamedTuple):
+    """Sizes of one comparison of consecutive layers.
+
+    Attributes:
+        lengths: Of the sequences.
+        hidden_size: Of a token.
+        limit: Heads and neurons that the weights of every layer hold.
+        widths: Heads and neurons of each layer.
+        on_device: Whether they are read there, and the first of all layers.
+    """
+
+    lengths: tuple[int, ...]
+    hidden_size: int
+    limit: tuple[int, int]
+    widths: tuple[tuple[int, int], ...]
+    on_device: bool = False
+
+
+ENCODER = (
+    EncoderProblem((37, 1, 90), 256, (4, 512), ((3, 304), (4, 512), (1, 16))),
+    EncoderProblem((128,), 768, (12, 3072), ((12, 3072), (3, 768))),
+    EncoderProblem((200, 150, 162), 768, (12, 3072), ((6, 1536),) * 2, True),
+)
 
 
 def difference(
@@ -103,6 +146,18 @@ def embeddings_difference(path: Path, device: torch.device) -> str | None:
     return _first_failure(device, compare)
 
 
+def encoder_difference(
+    path: Path, device: torch.device, problems: tuple[EncoderProblem, ...] = ENCODER
+) -> str | None:
+    """How consecutive layers in one launch differ from the two ops in turn, or None.
+
+    Raises:
+        torch.cuda.OutOfMemoryError: There is no room to compare.
+    """
+    compare = [partial(_compare_encoder, path, device, problem) for problem in problems]
+    return _first_failure(device, compare)
+
+
 def _first_failure(device: torch.device, compare: Sequence[Callable[[], None]]) -> str | None:
     for attempt in compare:
         try:
@@ -110,7 +165,7 @@ def _first_failure(device: torch.device, compare: Sequence[Callable[[], None]]) 
                 attempt()
         except torch.cuda.OutOfMemoryError:
             raise
-        # Triton fails with errors of many types where it cannot compile or launch a kernel.
+        # Kernels that cannot be compiled or launched fail with errors of many types.
         except Exception as error:
             kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
             text = " ".join(str(error).split())
@@ -153,6 +208,51 @@ def _compare_embeddings(path: Path, device: torch.device, size: int, given: bool
         assert_as_accurate("embeddings", actual, plain(dtype), plain(torch.float64))
 
 
+def _compare_encoder(path: Path, device: torch.device, problem: EncoderProblem) -> None:
+    from dynabert_kernels.ops import _cuda_encoder
+    from dynabert_kernels.ops.attention._arguments import call_of as attention_call
+    from dynabert_kernels.ops.encoder import EncoderLayer, EncoderLayers
+    from dynabert_kernels.ops.ffn._arguments import call_of as ffn_call
+
+    assert path.head_dim is not None
+    dtype, (heads, neurons) = proof.dtype_of(path), problem.limit
+    options: dict[str, Any] = {"dtype": dtype, "device": device}
+    size, offsets = problem.hidden_size, offsets_of(problem.lengths, device)
+    hidden = random_hidden(sum(problem.lengths), size, seed=12, **options)
+    layers = [
+        EncoderLayer(
+            random_attention(heads, path.head_dim, size, seed=seed, **options),
+            random_ffn(neurons, size, seed=seed + 50, **options),
+            *width,
+        )
+        for seed, width in enumerate(problem.widths)
+    ]
+
+    def in_turn(dtype: torch.dtype) -> Tensor:
+        tokens, name = hidden.to(dtype), proof.name_of(dtype)
+        for attention, ffn, num_heads, intermediate_size in layers:
+            of_heads = (*tensors_of(converted(attention, dtype)).values(), attention.norm_eps)
+            width = (num_heads, None, offsets, max(problem.lengths))
+            call = attention_call(tokens, *of_heads, *width, 0.0, 0.0, None, name)
+            tokens = OPS["attention"].reference(call)
+            of_neurons = (*tensors_of(converted(ffn, dtype)).values(), ffn.norm_eps)
+            rest = (ffn.activation, intermediate_size, None, None, 0.0, None, name)
+            tokens = OPS["ffn"].reference(ffn_call(tokens, *of_neurons, *rest))
+        return tokens
+
+    read = None
+    if problem.on_device:
+        of_heads, of_neurons = torch.tensor(problem.widths[0], dtype=torch.int32, device=device)
+        read = of_heads[None], of_neurons[None]
+    with torch.no_grad():
+        made = EncoderLayers.of(layers, read)
+        assert made is not None
+        actual = _cuda_encoder.launch(hidden, made, offsets)
+        if actual is None:
+            raise AssertionError("the kernel does not take the sizes it is checked with")
+        assert_as_accurate("output", actual, in_turn(dtype), in_turn(torch.float64))
+
+
 def _compare(kernels: _trust.Kernels, path: Path, device: torch.device, problem: Problem) -> None:
     dtype = proof.dtype_of(path)
     options: dict[str, Any] = {"dtype": dtype, "device": device, "seed": 11}
@@ -172,6 +272,7 @@ def _compare(kernels: _trust.Kernels, path: Path, device: torch.device, problem:
             plain, truth = (reference(kernels.call_of(*a)) for a in (arguments, wide))
             assert_as_accurate("output", kernels.forward(*arguments), plain, truth)
         return
+    assert isinstance(kernels, _trust.TrainingKernels)
     upstream = random_hidden(tokens, size, dtype=dtype, device=device, seed=13)
     with torch.no_grad():
         output, *kept = kernels.training(*arguments)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from dynabert_kernels.layout import PackedAttention, PackedFFN
-from dynabert_kernels.ops import _cpu, _triton_encoder
+from dynabert_kernels.ops import _cpu, _cuda, _cuda_encoder, _gpu_encoder
 from dynabert_kernels.ops._sublayer import compute_name
 
 _LIBRARY = torch.library.Library("dynabert", "FRAGMENT")
@@ -70,6 +70,8 @@ class EncoderLayers:
         num_heads: One number a layer.
         intermediate_sizes: One number a layer.
         kept: Set where all weights were released.
+        device_widths: Heads and neurons of every layer, int32 ``[1]``, where the kernels read them
+            on the device; the numbers above are then the most they may be.
     """
 
     attention_weights: list[Tensor]
@@ -80,9 +82,12 @@ class EncoderLayers:
     num_heads: list[int]
     intermediate_sizes: list[int]
     kept: KeptForms | None
+    device_widths: tuple[Tensor, Tensor] | None
 
     @classmethod
-    def of(cls, layers: Sequence[EncoderLayer]) -> EncoderLayers | None:
+    def of(
+        cls, layers: Sequence[EncoderLayer], device_widths: tuple[Tensor, Tensor] | None = None
+    ) -> EncoderLayers | None:
         """The form of `layers`, or None if there are none or they differ in more than width."""
         if not layers:
             return None
@@ -112,6 +117,7 @@ class EncoderLayers:
             [layer.num_heads for layer in layers],
             [layer.intermediate_size for layer in layers],
             KeptForms.of(attention_weights, ffn_weights),
+            device_widths,
         )
 
 
@@ -135,8 +141,14 @@ def encoder(
     Raises:
         ValueError: A shape, dtype or size is out of range.
     """
+    if not hidden.is_cpu or _cuda.EMULATED:
+        at_once = _cuda_encoder.run(hidden, layers, cu_seqlens)
+        if at_once is not None:
+            return at_once
+    if layers.device_widths is not None:
+        return None
     if not _cpu.runs_unforced(hidden):
-        return _triton_encoder.run(hidden, layers, cu_seqlens, max_seqlen)
+        return _gpu_encoder.run(hidden, layers, cu_seqlens, max_seqlen)
     compute = compute_name(hidden, layers.quantization)
     if compute not in _cpu.COMPUTE or hidden.dtype not in _cpu.DTYPES:
         return None

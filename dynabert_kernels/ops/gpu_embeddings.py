@@ -7,10 +7,11 @@ import warnings
 import torch
 from torch import Tensor
 
+from dynabert_kernels import proof
 from dynabert_kernels.ops import _trust
 from dynabert_kernels.ops._op import forced_backend
 from dynabert_kernels.ops.embeddings import EmbeddingTables
-from dynabert_kernels.triton import availability, proof
+from dynabert_kernels.triton import availability
 from dynabert_kernels.varlen import Packing
 
 _OP = "embeddings"
@@ -84,15 +85,15 @@ def _runs() -> bool:
     forced = forced_backend()
     if availability.triton_missing() is not None:
         return False
-    return forced == _trust.BACKEND or (forced is None and availability.OPT_IN is None)
+    return forced == proof.TRITON or (forced is None and availability.OPT_IN is None)
 
 
 def _is_trusted(word: Tensor) -> bool:
-    use = (_OP, proof.name_of(word.dtype), None, False, word.get_device())
+    use = (proof.TRITON, _OP, proof.name_of(word.dtype), None, False, word.get_device())
     reason = None if use in _trust.trusted else _trust.doubt(use, word.device, _difference)
     if reason is None:
         return True
-    if forced_backend() == _trust.BACKEND:
+    if forced_backend() == proof.TRITON:
         raise NotImplementedError(f"{_OP}: the forced backend cannot run this call: {reason}")
     if reason not in _said:
         _said.add(reason)

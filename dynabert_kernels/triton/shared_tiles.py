@@ -1,4 +1,4 @@
-"""Row tiles that the layers of one call share. Imports no Triton before tiles are made.
+"""What the layers of one call share, above all row tiles. Imports no Triton before tiles are made.
 
 Every sublayer of a batch whose widths the device knows asks for the same few tables. Within
 `shared_tiles` each is made once: a launch less for every sublayer but the first two, which is felt
@@ -8,9 +8,9 @@ where a captured graph runs a single sequence.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from dynabert_kernels.triton.row_tiles import RowTiles
 
 
+T = TypeVar("T")
+
+
 class _Scope(threading.local):
-    # By what a table is made from; the tensors are kept, so that no other takes their address.
-    made: dict[tuple[int, ...], tuple[RowTiles, Tensor, Tensor]] | None = None
+    made: dict[tuple[object, ...], Any] | None = None
 
 
 _scope = _Scope()
@@ -36,13 +38,21 @@ def shared_tiles() -> Iterator[None]:
         _scope.made = before
 
 
+def shared(key: tuple[object, ...], make: Callable[[], T]) -> T:
+    """What `make` returns, made once for each key within `shared_tiles`, at every call outside."""
+    made = _scope.made
+    if made is None:
+        return make()
+    if key not in made:
+        made[key] = make()
+    found: T = made[key]
+    return found
+
+
 def tiles_of(cu_seqlens: Tensor, widths: Tensor, total_tokens: int, limit: int) -> RowTiles:
     """`row_tiles` of a batch, or those that an earlier layer of the same call made."""
     from dynabert_kernels.triton.row_tiles import row_tiles
 
-    made = _scope.made
-    if made is None:
-        return row_tiles(cu_seqlens, widths, total_tokens, limit)
     key = (
         cu_seqlens.data_ptr(),
         cu_seqlens.numel(),
@@ -51,6 +61,7 @@ def tiles_of(cu_seqlens: Tensor, widths: Tensor, total_tokens: int, limit: int) 
         total_tokens,
         limit,
     )
-    if key not in made:
-        made[key] = row_tiles(cu_seqlens, widths, total_tokens, limit), cu_seqlens, widths
-    return made[key][0]
+    # The tensors are kept beside it, so that no other takes their address.
+    return shared(
+        key, lambda: (row_tiles(cu_seqlens, widths, total_tokens, limit), cu_seqlens, widths)
+    )[0]

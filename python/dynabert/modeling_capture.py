@@ -101,6 +101,7 @@ class StaticBatch:
         self._types_are_zero = True
         self._one_width_loaded = (1, 1)
         self._one_width_keys: dict[SubnetConfig, tuple[GraphKey, tuple[int, int]]] = {}
+        self._subnets: dict[GraphKey, DeviceSubnet] = {}
 
     def load(
         self,
@@ -144,25 +145,30 @@ class StaticBatch:
 
     def run(self, key: GraphKey) -> ModelOutput:
         """What a graph records: the model on these tensors, nothing read back from the device."""
-        one, rows = self._one_width, self._row_widths
-        steps = tuple(
-            LayerStep(layer, heads, neurons, None)
-            for layer, heads, neurons in (
-                (layer, rows[k, 0, : self.batch_size], rows[k, 1, : self.batch_size])
-                if key.per_row
-                else (layer, one[0, :1], one[1, :1])
-                for k, layer in enumerate(key.layers)
-            )
-        )
+        if key not in self._subnets:
+            self._subnets[key] = self._subnet(key)
         output = self.model(
             input_ids=self.input_ids,
             attention_mask=None if key.dense else self.mask,
             token_type_ids=self.token_type_ids,
-            subnet=DeviceSubnet(steps, self.order if key.per_row else None),
+            subnet=self._subnets[key],
             output_hidden_states=self.output_hidden_states,
             return_dict=True,
         )
         return cast(ModelOutput, output)
+
+    def _subnet(self, key: GraphKey) -> DeviceSubnet:
+        """The layers of a graph, at widths read where `load` writes them."""
+        if key.per_row:
+            each = self._row_widths[:, :, : self.batch_size]
+            widths = [each[k].unbind() for k in range(len(key.layers))]
+        else:
+            widths = [self._one_width[:, :1].unbind()] * len(key.layers)
+        steps = tuple(
+            LayerStep(layer, heads, neurons, None)
+            for layer, (heads, neurons) in zip(key.layers, widths, strict=True)
+        )
+        return DeviceSubnet(steps, self.order if key.per_row else None)
 
     def _check(
         self, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None

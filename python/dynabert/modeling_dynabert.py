@@ -35,6 +35,7 @@ from dynabert.modeling_steps import (
     DeviceSubnet,
     LayerStep,
     device_steps,
+    device_widths,
     distinct_shapes,
     layer_steps,
     own_states,
@@ -165,8 +166,10 @@ class DynaBertEncoder(nn.Module):
 
     def _watched(self, steps: tuple[LayerStep, ...]) -> ModuleWatch[_NativeLayers] | None:
         """None where a layer does more than its two ops, or not all of the batch at one width."""
+        widths = device_widths(steps)
         if any(
-            isinstance(heads, Tensor) or isinstance(neurons, Tensor) or rows is not None
+            rows is not None
+            or (widths is None and (isinstance(heads, Tensor) or isinstance(neurons, Tensor)))
             for _, heads, neurons, rows in steps
         ):
             return None
@@ -175,17 +178,17 @@ class DynaBertEncoder(nn.Module):
             parts = [layer, *map(layer._modules.get, _SUBLAYERS)]
             if list(map(type, parts)) != [DynaBertLayer, DynaBertAttention, DynaBertFFN]:
                 return None
+        packed = [(layer.attention.packed(), layer.ffn.packed()) for layer in stack]
         runs = [
-            EncoderLayer(
-                layer.attention.packed(),
-                layer.ffn.packed(),
-                cast(int, step.num_heads),
-                cast(int, step.intermediate_size),
+            EncoderLayer(attention, ffn, attention.num_heads, ffn.intermediate_size)
+            if widths is not None
+            else EncoderLayer(
+                attention, ffn, cast(int, step.num_heads), cast(int, step.intermediate_size)
             )
-            for layer, step in zip(stack, steps, strict=True)
+            for (attention, ffn), step in zip(packed, steps, strict=True)
         ]
         attentions, ffns = [layer.attention for layer in stack], [layer.ffn for layer in stack]
-        made = _NativeLayers(steps, attentions, ffns, [], EncoderLayers.of(runs))
+        made = _NativeLayers(steps, attentions, ffns, [], EncoderLayers.of(runs, widths))
         watch = ModuleWatch(
             [self, *[self.layer] * len(steps), *stack],
             [["layer"], *([str(step.layer)] for step in steps), *[_SUBLAYERS] * len(steps)],

@@ -46,6 +46,20 @@ class DeviceSubnet:
     order: Tensor | None = None
 
 
+def device_widths(steps: Sequence[LayerStep]) -> tuple[Tensor, Tensor] | None:
+    """Heads and neurons, ``[1]`` each, where every step reads the same two tensors; else None."""
+    if not steps:
+        return None
+    heads, neurons = steps[0].num_heads, steps[0].intermediate_size
+    if not (isinstance(heads, Tensor) and isinstance(neurons, Tensor)):
+        return None
+    if heads.numel() != 1 or neurons.numel() != 1:
+        return None
+    if any(s.num_heads is not heads or s.intermediate_size is not neurons for s in steps):
+        return None
+    return heads, neurons
+
+
 def layer_steps(shapes: Sequence[SubnetShape]) -> tuple[LayerStep, ...]:
     """The layers that run, in order, from one shape for all sequences or one for each."""
     if all(shape == shapes[0] for shape in shapes[1:]):

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
-import re
+import types
 
 import pytest
+import torch
 import torch.nn.functional as F
 
-from benchmarks import cuda_library, gpu_cuda, gpu_cuda_cases, gpu_timing
+from benchmarks import gpu_cuda, gpu_cuda_cases, gpu_timing
 from benchmarks.geometry import SUBNETS, WIDTHS, Geometry, Subnet
 from benchmarks.gpu_cuda_cases import Encoder
 from benchmarks.records import Deadline, Recorder
+from dynabert_kernels import _cuda_extension
 
 GEOMETRY = Geometry("tiny", 64, 4, 16, 128, 4)
 
@@ -22,13 +23,16 @@ class TorchLibrary:
     def __init__(self, encoder: Encoder, factor: float = 1.0) -> None:
         self.encoder, self.factor = encoder, factor
 
-    def gemm_rows(self, x, weight, bias, out, *, width, gelu):
+    def gemm_rows(self, x, weight, bias, out, *, width, gelu, hopper):
         product = F.linear(x, weight[:width], bias[:width])
         return out.copy_((F.gelu(product) if gelu else product) * self.factor)
 
-    def gemm_columns(self, x, weight, bias, residual, out, *, norm, workspace, eps):
+    def gemm_columns(self, x, weight, bias, out, *, residual, norm, workspace, eps, hopper):
         assert (norm is None) == (workspace is None)
-        total = F.linear(x, weight[: x.shape[1]].t(), bias) + residual
+        assert hopper or residual is None
+        total = F.linear(x, weight[: x.shape[1]].t(), bias)
+        if residual is not None:
+            total = total + residual
         if norm is not None:
             total = F.layer_norm(total, bias.shape, *norm, eps)
         return out.copy_(total * self.factor)
@@ -81,7 +85,7 @@ def test_every_case_has_its_rows(recorder, encoder):
     # Two peers, warm and cold: twelve subnets at the first length and two at the other.
     assert len(encoders) == 2 * 2 * (len(SUBNETS) + 2)
     products = [row for row in recorder.rows if row["section"] == "product"]
-    assert len(products) == len(WIDTHS) * (2 * 3 + 2 * 5)
+    assert len(products) == len(WIDTHS) * (2 * 4 + 2 * 8)
     assert "cuda + norm" in gpu_cuda_cases.tables(recorder.rows)
 
 
@@ -89,7 +93,7 @@ def test_a_wrong_kernel_is_an_error_and_not_a_timing(recorder, encoder):
     wrong = TorchLibrary(encoder, factor=1.1)
     gpu_cuda_cases.run(recorder, wrong, encoder, Deadline(600), 16, [7])
     timed = {row["peer"] for row in recorder.rows if "median_ms" in row}
-    assert timed == {"pytorch", "pytorch + norm", "cublas alone"}
+    assert timed == {"pytorch", "pytorch + residual", "pytorch + norm", "cublas alone"}
     errors = [row["error"] for row in recorder.rows if "error" in row]
     assert errors and all("relative error" in error for error in errors)
 
@@ -107,33 +111,11 @@ def test_no_time_left_is_said(recorder, encoder):
     assert {row["case"] for row in recorder.rows} == {"cut short"}
 
 
-def test_signatures_are_those_of_the_c_names():
-    types = {
-        "int": ctypes.c_int,
-        "std::int32_t": ctypes.c_int32,
-        "std::int64_t": ctypes.c_int64,
-        "std::size_t": ctypes.c_size_t,
-        "float": ctypes.c_float,
-        "cudaStream_t": ctypes.c_void_p,
-        "const char*": ctypes.c_char_p,
-    }
-    declared = {}
-    for path in (cuda_library.CSRC / "cuda" / "tests").glob("*_c_api.cu"):
-        for result, name, arguments in re.findall(
-            r"^(\S.*?) (dynabert_\w+)\(([^)]*)\) {", path.read_text(), re.M
-        ):
-            declared[name] = (
-                types[result],
-                [
-                    types.get(argument.rsplit(" ", 1)[0].strip(), ctypes.c_void_p)
-                    for argument in arguments.split(",")
-                ],
-            )
-    assert declared == cuda_library._SIGNATURES
-
-
-def test_without_a_card_it_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(gpu_cuda, "find_nvcc", lambda: "nvcc")
-    monkeypatch.setattr(gpu_cuda, "compute_capability", lambda: None)
-    with pytest.raises(SystemExit, match="no GPU answers"):
+def test_without_kernels_or_a_card_it_says_so(monkeypatch):
+    monkeypatch.setattr(_cuda_extension, "_load", lambda: (None, "CUDA kernels not built: no nvcc"))
+    with pytest.raises(SystemExit, match="gpu_cuda: CUDA kernels not built: no nvcc"):
+        gpu_cuda.main([])
+    monkeypatch.setattr(_cuda_extension, "_load", lambda: (types.ModuleType("kernels"), None))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="torch sees no CUDA device"):
         gpu_cuda.main([])

@@ -79,6 +79,13 @@ ELSEWHERE = Backend("elsewhere", "cuda", run=scale_kernel)
 
 NARROW = Backend("narrow", "cpu", run=scale_kernel, scope=negative, why_not=large)
 OPT_IN = Backend("opt_in", "cpu", run=scale_kernel, why_not=large, unproven="no run proves it")
+YIELDING = Backend(
+    "yielding",
+    "cpu",
+    run=lambda hidden, factor: hidden + 7,
+    why_not=lambda call: "the factor is huge" if call.factor > 1e6 else None,
+    yields=lambda call: "another is faster" if call.factor != 5 else None,
+)
 
 
 class ProductCall(NamedTuple):
@@ -115,6 +122,7 @@ TOY_FOREIGN = make_op("toy_foreign", (ELSEWHERE,))
 TOY_OPT_IN = make_op("toy_opt_in", (OPT_IN,))
 TOY_OPT_IN_FIRST = make_op("toy_opt_in_first", (OPT_IN, INFERENCE))
 TOY_NARROW = make_op("toy_narrow", (NARROW,))
+TOY_YIELDING = make_op("toy_yielding", (YIELDING, INFERENCE))
 TOY_TRAINED = Op(
     "toy_trained",
     schema="(Tensor hidden, Tensor scale) -> Tensor",
@@ -122,7 +130,16 @@ TOY_TRAINED = Op(
     reference=lambda call: call.hidden,
     backends=(PRODUCT,),
 )
-TOYS = (TOY, TOY_INFERENCE, TOY_FOREIGN, TOY_NARROW, TOY_OPT_IN, TOY_OPT_IN_FIRST, TOY_TRAINED)
+TOYS = (
+    TOY,
+    TOY_INFERENCE,
+    TOY_FOREIGN,
+    TOY_NARROW,
+    TOY_OPT_IN,
+    TOY_OPT_IN_FIRST,
+    TOY_YIELDING,
+    TOY_TRAINED,
+)
 for toy in TOYS:
     del OPS[toy.name]
 
@@ -260,6 +277,31 @@ def test_an_unproven_backend_leaves_the_choice_to_those_after_it(monkeypatch):
         TOY_OPT_IN_FIRST(ScaleCall(ones(), 20.0))
 
 
+def test_a_backend_that_yields_runs_what_no_other_can(monkeypatch):
+    monkeypatch.setattr(_op, "_strict", True)
+    values = {
+        factor: TOY_YIELDING(ScaleCall(ones(), factor)).tolist() for factor in (2.0, 5.0, 20.0)
+    }
+    assert values == {2.0: [2, 2, 2], 5.0: [8, 8, 8], 20.0: [8, 8, 8]}
+    with use_backend("yielding"):
+        assert TOY_YIELDING(ScaleCall(ones(), 2.0)).tolist() == [8, 8, 8]
+    with pytest.raises(
+        NotImplementedError, match=r"\n  inference: fac.*\n  yielding: the factor is"
+    ):
+        TOY_YIELDING(ScaleCall(ones(), 1e7))
+
+
+def test_a_backend_that_yields_compiles_to_one_graph():
+    compiled = torch.compile(
+        lambda hidden, factor: TOY_YIELDING(ScaleCall(hidden, factor)),
+        fullgraph=True,
+        backend="eager",
+        dynamic=False,
+    )
+    for factor in (2.0, 5.0, 20.0):
+        assert torch.equal(compiled(ones(), factor), TOY_YIELDING(ScaleCall(ones(), factor)))
+
+
 def test_a_forced_backend_runs():
     with use_backend("reference"):
         assert TOY(ScaleCall(ones(), 2.0)).tolist() == [102, 102, 102]
@@ -271,7 +313,7 @@ def test_a_forced_backend_never_falls_through():
     with use_backend("inference"), pytest.raises(NotImplementedError) as raised:
         TOY(ScaleCall(ones(requires_grad=True), 2.0))
     lines = str(raised.value).splitlines()
-    assert lines[3].startswith("  inference: it has no backward, and gradients are needed.")
+    assert lines[3].startswith("  inference: the call needs gradients, and this backend")
     assert lines[4] == "  training: not used while 'inference' is forced"
     assert lines[5] == "  reference: not used while 'inference' is forced"
 

@@ -21,16 +21,16 @@ if find_spec("triton") is None:
     pytest.skip("the triton package is not installed", allow_module_level=True)
 
 import dynabert_kernels
-from dynabert_kernels import _env, attention, ffn, use_backend
+from dynabert_kernels import _env, attention, ffn, proof, prove, use_backend
 from dynabert_kernels.doctor import doctor_report, format_report
 from dynabert_kernels.ops import _op, _self_check, _trust, gpu_embeddings
 from dynabert_kernels.ops.attention import ATTENTION
 from dynabert_kernels.ops.attention._triton import KERNELS as FOR_HEADS
 from dynabert_kernels.ops.ffn import FFN
 from dynabert_kernels.ops.ffn._triton import KERNELS as FOR_NEURONS
+from dynabert_kernels.proof import Path, Proof
 from dynabert_kernels.testing import random_attention, random_ffn, random_hidden, random_lengths
-from dynabert_kernels.triton import availability, launch_norm, proof, prove
-from dynabert_kernels.triton.proof import Path, Proof
+from dynabert_kernels.triton import availability, launch_norm
 from dynabert_kernels.varlen import offsets_of
 
 CPU = torch.device("cpu")
@@ -55,7 +55,7 @@ both_directions = pytest.mark.parametrize("direction", ["forward", "backward"])
 
 
 def path_of(op, direction="forward", dtype="float32"):
-    return Path(op, dtype, 32 if op == "attention" else None, direction, CARD)
+    return Path("triton", op, dtype, 32 if op == "attention" else None, direction, CARD)
 
 
 class FakeCheck:
@@ -221,7 +221,7 @@ def test_the_kernels_agree(op, direction):
 
 @needs_interpreter
 def test_the_embeddings_agree(monkeypatch):
-    path = Path("embeddings", "float32", None, "forward", CARD)
+    path = Path("triton", "embeddings", "float32", None, "forward", CARD)
     assert _self_check.embeddings_difference(path, CPU) is None
     from dynabert_kernels.triton import embeddings
 
@@ -387,7 +387,7 @@ def test_fake_tensors_check_nothing(check):
 @needs_interpreter
 def test_a_check_may_come_from_inside_a_backward_pass(launches, monkeypatch):
     """Reentrant checkpointing runs the first call with gradients in autograd's engine."""
-    monkeypatch.setattr(_self_check, "FIRST_USE", SMALL)
+    monkeypatch.setattr(_self_check, "FIRST_USE", {"triton": SMALL})
     hidden, weights = inputs("ffn", requires_grad=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -432,7 +432,7 @@ def test_a_proof_holds_for_the_triton_that_it_names(proven, monkeypatch):
 def test_proofs_are_replaced_by_newer_ones_and_by_failures(proven):
     first, second = path_of("attention", "backward"), path_of("ffn")
     proof.write(proven, [proof_of(second), proof_of(first), proof_of(second, triton="3.5.0")])
-    read = [(p.path, p.triton) for p in proof.read(proven)]
+    read = [(p.path, p.kernels) for p in proof.read(proven)]
     assert read == [(second, "3.5.0"), (first, "3.6.0"), (second, "3.6.0")]
     proof.write(proven, [proof_of(second, date="2026-02-02")], tried=[first, second])
     assert proof.read(proven) == (
@@ -440,17 +440,24 @@ def test_proofs_are_replaced_by_newer_ones_and_by_failures(proven):
         proof_of(second, date="2026-02-02"),
     )
     assert list(json.loads(proven.read_text())[0]) == [
-        *("op", "dtype", "head_dim", "direction", "capability"),
-        *("card", "torch", "triton", "date"),
+        *("backend", "op", "dtype", "head_dim", "direction", "capability"),
+        *("card", "torch", "kernels", "date"),
     ]
 
 
 @pytest.mark.parametrize(
     "text",
-    ['[{"op": ', '{"op": "ffn"}', "[1]", '[{"op": "ffn"}]', "3", '[{"op": "x", "dtype": "float32",'
-     ' "head_dim": null, "direction": "forward", "capability": "sm_90"}]'],
+    [
+        '[{"op": ',
+        '{"op": "ffn"}',
+        "[1]",
+        '[{"op": "ffn"}]',
+        "3",
+        '[{"backend": "triton", "op": "x", "dtype": "float32", "head_dim": null, '
+        '"direction": "forward", "capability": "sm_90"}]',
+    ],
     ids=["cut", "object", "number", "field", "scalar", "path"],
-)  # fmt: skip
+)
 def test_a_damaged_file_proves_nothing_and_says_so_once(text, proven):
     proven.write_text(text)
     with pytest.warns(RuntimeWarning, match=r"no recorded proof can be read.*proven\.json is dam"):
@@ -473,7 +480,7 @@ def test_the_file_of_the_package_can_be_read():
 
 
 def test_doctor_lists_what_is_proven_and_what_will_check_itself(proven, monkeypatch):
-    paths = proof.all_paths(CARD)
+    paths = proof.all_paths("triton", CARD)
     proof.write(proven, [proof_of(path) for path in paths if path.op != "attention"])
     properties = type("Properties", (), {"name": "H", "major": 9, "minor": 0, "total_memory": 0})
     monkeypatch.setattr(torch.version, "cuda", "13.0")
@@ -489,7 +496,7 @@ def test_doctor_lists_what_is_proven_and_what_will_check_itself(proven, monkeypa
     assert standing[str(path_of("ffn"))] == "proven"
     assert standing[str(path_of("attention", "backward"))] is None
     text = format_report(report)
-    assert "triton     9 paths proven on Some card (sm_90), triton 3.6.0, torch 2.11.0" in text
+    assert "triton     9 paths proven on Some card (sm_90), kernels 3.6.0, torch 2.11.0" in text
     assert "triton     on sm_90 here: 9 of 33 paths proven or checked\n" in text
     assert "at their first call: attention forward (11), attention backward (12)\n" in text
     assert text.endswith("triton     not used: attention forward differs")
@@ -508,7 +515,8 @@ def test_prove_writes_the_paths_that_agree(monkeypatch, proven, capsys):
         return "output: error 1" if path == path_of("ffn", "backward") else None
 
     monkeypatch.setattr(prove, "difference", differ)
-    monkeypatch.setattr(availability, "INTERPRETED", False)
+    absent = {"cuda": "the kernels were not built", "triton": None}
+    monkeypatch.setattr(prove, "missing", absent.get)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some card")
@@ -516,11 +524,15 @@ def test_prove_writes_the_paths_that_agree(monkeypatch, proven, capsys):
     proof.write(proven, [proof_of(path_of("ffn", "backward"))])
     assert prove.main(["--out", str(proven), "--processes", "1"]) == 1
     written = {entry.path for entry in proof.read(proven)}
-    assert written == set(proof.all_paths(CARD)) - {path_of("ffn", "backward")}
-    out = capsys.readouterr().out
-    assert "attention  backward  bfloat16  32 64 80 128\n" in out
-    assert "ffn        backward  float32   -\n" in out
-    assert "ffn backward in float32 on sm_90: output: error 1\n32 of 33 paths proven in " in out
+    assert written == set(proof.all_paths("triton", CARD)) - {path_of("ffn", "backward")}
+    out, err = capsys.readouterr()
+    assert err == "prove: cuda is left out: the kernels were not built\n"
+    assert "triton  attention  backward  bfloat16  32 64 80 128\n" in out
+    assert "triton  ffn        backward  float32   -\n" in out
+    assert (
+        "triton: ffn backward in float32 on sm_90: output: error 1\n32 of 33 paths proven in "
+        in out
+    )
 
 
 def test_prove_needs_a_card(monkeypatch, proven, capsys):

@@ -111,7 +111,7 @@ struct Subnet {
   int kept;
 };
 
-Subnet random_subnet(const EncoderShape& shape) {
+Subnet random_subnet(const EncoderShape& shape, bool one_width) {
   Subnet subnet;
   subnet.layers.resize(shape.layers);
   std::iota(subnet.layers.begin(), subnet.layers.end(), 0);
@@ -119,7 +119,11 @@ Subnet random_subnet(const EncoderShape& shape) {
   subnet.kept = uniform(0, 9) == 0 ? 0 : uniform(1, shape.layers);
   for (int i = 0; i < shape.layers; ++i) {
     subnet.heads.push_back(uniform(1, shape.max_heads));
-    subnet.neurons.push_back(uniform(1, shape.max_intermediate / 16) * 16);
+    subnet.neurons.push_back(uniform(1, shape.max_intermediate));
+    if (one_width) {
+      subnet.heads.back() = subnet.heads[0];
+      subnet.neurons.back() = subnet.neurons[0];
+    }
   }
   return subnet;
 }
@@ -210,7 +214,7 @@ bool run_case(int index) {
   shape.hidden_size = 128 * uniform(1, 4);
   shape.head_dim = kHeadDims[uniform(0, 1)];
   shape.max_heads = uniform(1, shape.hidden_size / shape.head_dim);
-  shape.max_intermediate = 16 * uniform(1, shape.hidden_size / 4);
+  shape.max_intermediate = uniform(1, 4 * shape.hidden_size);
   shape.sequences = uniform(1, 6);
   std::vector<std::int32_t> cu_seqlens = {0};
   const int longest = index % 4 == 0 ? 512 / shape.sequences : 40;
@@ -232,7 +236,8 @@ bool run_case(int index) {
   }
   const std::size_t elements = static_cast<std::size_t>(shape.tokens) * shape.hidden_size;
   Tensor input(elements, 0, 1), output(elements, 0, 1);
-  Subnet subnet = random_subnet(shape);
+  const bool one_width = uniform(0, 1);
+  Subnet subnet = random_subnet(shape, one_width);
   DeviceArray<EncoderLayer> weights(pointers);
   DeviceArray<std::int32_t> cu(cu_seqlens), kept({subnet.kept}), list(subnet.layers),
       heads(subnet.heads), neurons(subnet.neurons);
@@ -250,6 +255,7 @@ bool run_case(int index) {
   call.layer_list = list.data;
   call.num_heads = heads.data;
   call.intermediate_size = neurons.data;
+  call.one_width = one_width;
   call.norm_eps = kEps;
   call.workspace = workspace;
 
@@ -265,7 +271,7 @@ bool run_case(int index) {
   bool passed = true;
   for (int round = 0; round < 2; ++round) {
     if (round == 1) {
-      subnet = random_subnet(shape);
+      subnet = random_subnet(shape, one_width);
       kept.write({subnet.kept});
       list.write(subnet.layers);
       heads.write(subnet.heads);

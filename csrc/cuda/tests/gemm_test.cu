@@ -23,20 +23,30 @@ void check(cudaError_t error, const char* what) {
   std::exit(1);
 }
 
+#ifdef __CUDACC__
+constexpr int kMostTokens = 700, kMostRows = 1536;
+#else
+constexpr int kMostTokens = 300, kMostRows = 480;  // emulated
+#endif
+
 std::mt19937 generator;
 
 int uniform(int low, int high) { return std::uniform_int_distribution<int>(low, high)(generator); }
 
-// A bf16 tensor on the device with its values on the host.
+// A bf16 tensor on the device with its values on the host: [size / row, row] numbers, of which
+// those past `used` in a row are NaN, as are those past the first `rows` rows.
 struct Tensor {
   std::vector<float> host;
   __nv_bfloat16* device = nullptr;
 
-  Tensor(std::size_t size, float mean, float deviation) : host(size) {
+  Tensor(std::size_t size, float mean, float deviation, std::size_t row = 1, std::size_t used = 1,
+         std::size_t rows = SIZE_MAX)
+      : host(size) {
     std::normal_distribution<float> normal(mean, deviation);
     std::vector<__nv_bfloat16> bits(size);
     for (std::size_t i = 0; i < size; ++i) {
-      bits[i] = __float2bfloat16(normal(generator));
+      const bool in_use = i % row < used && i / row < rows;
+      bits[i] = __float2bfloat16(in_use ? normal(generator) : NAN);
       host[i] = __bfloat162float(bits[i]);
     }
     check(cudaMalloc(&device, size * 2), "cudaMalloc");
@@ -81,18 +91,48 @@ struct Error {
     truth += expected * expected;
   }
   // bf16 has 8 bits: rounding the result alone costs about 1.7e-3.
-  bool acceptable() const { return std::sqrt(difference / truth) < 3e-3; }  // false for NaN
+  bool acceptable() const { return std::sqrt(difference) <= 3e-3 * std::sqrt(truth); }  // not NaN
 };
 
+// A width of `count` heads or neurons, `rows` rows of a weight of `full`.
+struct Width {
+  int unit, count, rows, full;
+};
+
+Width random_width() {
+  constexpr int kUnits[] = {1, 1, 32, 64, 96, 240};
+  const int unit = kUnits[uniform(0, 5)], most = uniform(1, kMostRows / unit);
+  const int count = uniform(1, most);
+  return {unit, count, count * unit, most * unit};
+}
+
+double activated(dynabert::Activation activation, double x) {
+  switch (activation) {
+    case dynabert::Activation::kNone:
+      return x;
+    case dynabert::Activation::kGelu:
+      return 0.5 * x * (1.0 + std::erf(x / std::sqrt(2.0)));
+    case dynabert::Activation::kGeluTanh:
+      return 0.5 * x * (1.0 + std::tanh(std::sqrt(2.0 / M_PI) * (x + 0.044715 * x * x * x)));
+    case dynabert::Activation::kRelu:
+      return std::fmax(x, 0.0);
+  }
+  return NAN;
+}
+
 bool test_rows() {
-  const int tokens = uniform(1, 700), hidden = 64 * uniform(1, 16), full = 64 * uniform(1, 24);
-  const int unit = 64, count = uniform(1, full / unit), width = count * unit;
-  const bool gelu = uniform(0, 1), on_device = uniform(0, 1);
-  const int x_stride = hidden + 8 * uniform(0, 2), out_stride = full + 8 * uniform(0, 2);
+  const Width w = random_width();
+  const int tokens = uniform(1, kMostTokens), hidden = 64 * uniform(1, 16);
+  const auto activation = static_cast<dynabert::Activation>(uniform(0, 3));
+  const bool on_device = uniform(0, 1);
+  const int x_stride = hidden + 8 * uniform(0, 2);
+  const int out_stride = (w.full + 7) / 8 * 8 + 8 * uniform(0, 2);
   Tensor x(static_cast<std::size_t>(tokens) * x_stride, 0.0f, 1.0f);
-  Tensor weight(static_cast<std::size_t>(full) * hidden, 0.0f, 1.0f / std::sqrt(float(hidden)));
-  Tensor bias(full, 0.0f, 1.0f), out(static_cast<std::size_t>(tokens) * out_stride);
-  DeviceInt device_count(count);
+  Tensor weight(static_cast<std::size_t>(w.full) * hidden, 0.0f, 1.0f / std::sqrt(float(hidden)),
+                hidden, hidden, w.rows);
+  Tensor bias(w.full, 0.0f, 1.0f, 1, 1, w.rows);
+  Tensor out(static_cast<std::size_t>(tokens) * out_stride);
+  DeviceInt device_count(w.count);
   check(dynabert::gemm_rows_sm90(
             {x.device,
              weight.device,
@@ -102,9 +142,9 @@ bool test_rows() {
              out_stride,
              tokens,
              hidden,
-             full,
-             {on_device ? 0 : count, on_device ? device_count.device : nullptr, unit},
-             gelu},
+             w.full,
+             {on_device ? 0 : w.count, on_device ? device_count.device : nullptr, w.unit},
+             activation},
             nullptr),
         "gemm_rows_sm90");
   check(cudaDeviceSynchronize(), "gemm_rows_sm90");
@@ -113,22 +153,22 @@ bool test_rows() {
   Error error;
   bool untouched = true;
   for (const int t : sample_rows(tokens)) {
-    for (int n = 0; n < width; ++n) {
+    for (int n = 0; n < w.rows; ++n) {
       double sum = bias.host[n];
       for (int c = 0; c < hidden; ++c) {
         sum += double(x.host[std::size_t(t) * x_stride + c]) *
                weight.host[std::size_t(n) * hidden + c];
       }
-      if (gelu) sum = 0.5 * sum * (1.0 + std::erf(sum / std::sqrt(2.0)));
-      error.add(out.host[std::size_t(t) * out_stride + n], sum);
+      error.add(out.host[std::size_t(t) * out_stride + n], activated(activation, sum));
     }
-    for (int n = width; n < out_stride; ++n) {
+    for (int n = on_device ? (w.rows + 63) / 64 * 64 : w.rows; n < out_stride; ++n) {
       untouched = untouched && std::isnan(out.host[std::size_t(t) * out_stride + n]);
     }
   }
   if (error.acceptable() && untouched) return true;
-  std::printf("rows: tokens %d hidden %d width %d of %d gelu %d device %d: error %.3g%s\n", tokens,
-              hidden, width, full, gelu, on_device, std::sqrt(error.difference / error.truth),
+  std::printf("rows: tokens %d hidden %d width %d of %d activation %d device %d: error %.3g%s\n",
+              tokens, hidden, w.rows, w.full, static_cast<int>(activation), on_device,
+              std::sqrt(error.difference / error.truth),
               untouched ? "" : ", wrote beyond the width");
   return false;
 }
@@ -147,23 +187,25 @@ void* workspace() {
 }
 
 bool test_columns() {
-  const bool norm = uniform(0, 1), on_device = uniform(0, 1);
-  const int tokens = uniform(1, 700), full = 64 * uniform(1, 24);
+  const Width w = random_width();
+  const int after = uniform(0, 3);  // nothing, residual, residual and norm twice as often
+  const bool norm = after > 1, on_device = uniform(0, 1);
+  const int tokens = uniform(1, kMostTokens);
   const int hidden = norm ? dynabert::kFusedNormHiddenSize : 64 * uniform(1, 16);
-  const int unit = 64, count = uniform(1, full / unit), width = count * unit;
-  const int x_stride = full + 8 * uniform(0, 2);
-  Tensor x(static_cast<std::size_t>(tokens) * x_stride, 0.0f, 1.0f);
-  Tensor weight(static_cast<std::size_t>(full) * hidden, 0.0f, 1.0f / std::sqrt(float(width)));
+  const int x_stride = (w.full + 7) / 8 * 8 + 8 * uniform(0, 2);
+  Tensor x(static_cast<std::size_t>(tokens) * x_stride, 0.0f, 1.0f, x_stride, w.rows);
+  Tensor weight(static_cast<std::size_t>(w.full) * hidden, 0.0f, 1.0f / std::sqrt(float(w.rows)),
+                hidden, hidden, w.rows);
   // A row mean far from zero shows a variance computed by cancellation.
   Tensor residual(static_cast<std::size_t>(tokens) * hidden, norm ? 8.0f : 0.0f, 1.0f);
   Tensor bias(hidden, 0.0f, 1.0f), norm_weight(hidden, 1.0f, 0.2f), norm_bias(hidden, 0.0f, 1.0f);
   Tensor out(static_cast<std::size_t>(tokens) * hidden);
-  DeviceInt device_count(count);
+  DeviceInt device_count(w.count);
   check(dynabert::gemm_columns_sm90(
             {x.device,
              weight.device,
              bias.device,
-             residual.device,
+             after > 0 ? residual.device : nullptr,
              norm ? norm_weight.device : nullptr,
              norm ? norm_bias.device : nullptr,
              norm ? workspace() : nullptr,
@@ -173,8 +215,8 @@ bool test_columns() {
              hidden,
              tokens,
              hidden,
-             full,
-             {on_device ? 0 : count, on_device ? device_count.device : nullptr, unit},
+             w.full,
+             {on_device ? 0 : w.count, on_device ? device_count.device : nullptr, w.unit},
              1e-12f},
             nullptr),
         "gemm_columns_sm90");
@@ -186,8 +228,9 @@ bool test_columns() {
   for (const int t : sample_rows(tokens)) {
     double mean = 0.0, variance = 0.0;
     for (int c = 0; c < hidden; ++c) {
-      row[c] = double(bias.host[c]) + residual.host[std::size_t(t) * hidden + c];
-      for (int n = 0; n < width; ++n) {
+      row[c] = bias.host[c];
+      if (after > 0) row[c] += residual.host[std::size_t(t) * hidden + c];
+      for (int n = 0; n < w.rows; ++n) {
         row[c] += double(x.host[std::size_t(t) * x_stride + n]) *
                   weight.host[std::size_t(n) * hidden + c];
       }
@@ -203,8 +246,9 @@ bool test_columns() {
     }
   }
   if (error.acceptable()) return true;
-  std::printf("columns: tokens %d hidden %d width %d of %d norm %d device %d: error %.3g\n", tokens,
-              hidden, width, full, norm, on_device, std::sqrt(error.difference / error.truth));
+  std::printf("columns: tokens %d hidden %d width %d of %d after %d device %d: error %.3g\n",
+              tokens, hidden, w.rows, w.full, after, on_device,
+              std::sqrt(error.difference / error.truth));
   return false;
 }
 

@@ -11,7 +11,7 @@ from dynabert_kernels.layout import PackedAttention
 from dynabert_kernels.ops import _checks
 from dynabert_kernels.ops._op import Op, needs_gradients
 from dynabert_kernels.ops._sublayer import compute_name
-from dynabert_kernels.ops.attention import _cpu, _reference, _triton
+from dynabert_kernels.ops.attention import _cpu, _cuda, _reference, _triton
 
 _WHO = "attention"
 
@@ -80,7 +80,7 @@ ATTENTION: Op[AttentionCall] = Op(
     fake=_fake,
     reference=_reference.attention,
     why_not_native=_why_not_native,
-    backends=(_cpu.BACKEND, _triton.BACKEND),
+    backends=(_cpu.BACKEND, _cuda.BACKEND, _triton.BACKEND),
 )
 
 

@@ -10,44 +10,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dynabert_kernels.layout import PackedAttention
+from dynabert_kernels import proof
 from dynabert_kernels.ops import _triton, _trust
 from dynabert_kernels.ops._op import Backend, Training
 from dynabert_kernels.ops._sublayer import token_dtype
+from dynabert_kernels.ops.attention._arguments import Arguments, call_of
 from dynabert_kernels.triton import availability
 
 if TYPE_CHECKING:
     from dynabert_kernels.ops.attention import AttentionCall
-
-
-class _Arguments(NamedTuple):
-    """The arguments of the op's schema."""
-
-    hidden: Tensor
-    qkv_weight: Tensor
-    qkv_bias: Tensor
-    out_weight: Tensor
-    out_bias: Tensor
-    norm_weight: Tensor
-    norm_bias: Tensor
-    norm_eps: float
-    num_heads: int
-    num_heads_each: Tensor | None
-    cu_seqlens: Tensor
-    max_seqlen: int
-    dropout_p: float
-    attention_dropout_p: float
-    seed: int | None
-    compute: str
-
-    @property
-    def drops(self) -> bool:
-        return self.dropout_p > 0 or self.attention_dropout_p > 0
-
-    @property
-    def trained_heads(self) -> int:
-        """Heads that the buffers of a call with gradients hold."""
-        return self.num_heads if self.num_heads_each is None else self.qkv_weight.shape[0]
 
 
 class _Kept(NamedTuple):
@@ -75,16 +46,16 @@ def why_not(call: AttentionCall) -> str | None:
 
 
 def _inference(*arguments: Any) -> Tensor:
-    return _forward(_Arguments(*arguments), for_gradient=False)[0]
+    return _forward(Arguments(*arguments), for_gradient=False)[0]
 
 
 def _training(*arguments: Any) -> tuple[Tensor, ...]:
-    output, kept = _forward(_Arguments(*arguments), for_gradient=True)
+    output, kept = _forward(Arguments(*arguments), for_gradient=True)
     assert kept is not None
     return (output, *kept)
 
 
-def _forward(call: _Arguments, *, for_gradient: bool) -> tuple[Tensor, _Kept | None]:
+def _forward(call: Arguments, *, for_gradient: bool) -> tuple[Tensor, _Kept | None]:
     from dynabert_kernels.triton.launch import with_contiguous_rows
     from dynabert_kernels.triton.launch_attention import attention_core
     from dynabert_kernels.triton.launch_gemm import columns_product, rows_product
@@ -150,7 +121,7 @@ def _backward(gradient: Tensor, *others: Any) -> tuple[Tensor, ...]:
     from dynabert_kernels.triton.weight_gradient import weight_gradient
 
     number = len(_Kept._fields)
-    kept, call = _Kept(*others[:number]), _Arguments(*others[number:])
+    kept, call = _Kept(*others[:number]), Arguments(*others[number:])
     hidden, cu_seqlens = with_contiguous_rows(call.hidden), call.cu_seqlens.contiguous()
     tokens, heads, head_dim = hidden.shape[0], call.trained_heads, call.qkv_weight.shape[2]
     dtype, limit = token_dtype(call.compute), call.qkv_weight.shape[0]
@@ -221,7 +192,7 @@ def _backward(gradient: Tensor, *others: Any) -> tuple[Tensor, ...]:
 
 
 def _fake_training(*arguments: Any) -> tuple[Tensor, ...]:
-    call = _Arguments(*arguments)
+    call = Arguments(*arguments)
     hidden, heads, head_dim = call.hidden, call.trained_heads, call.qkv_weight.shape[2]
     tokens, dtype = hidden.shape[0], token_dtype(call.compute)
     return (
@@ -236,38 +207,15 @@ def _fake_training(*arguments: Any) -> tuple[Tensor, ...]:
     )
 
 
-def _call_of(*arguments: Any) -> AttentionCall:
-    """What the arguments of the schema say, for the reference."""
-    from dynabert_kernels.ops.attention import AttentionCall
-
-    call = _Arguments(*arguments)
-    each = call.num_heads_each
-    if each is None and int(call.cu_seqlens[-1]) < call.hidden.shape[0]:
-        # Compiled calls leave rows past the last sequence, which the reference skips by widths.
-        each = call.cu_seqlens.new_full((1,), call.num_heads)
-    return AttentionCall(
-        call.hidden,
-        PackedAttention(*call[1:8]),
-        call.num_heads,
-        each,
-        call.cu_seqlens,
-        call.max_seqlen,
-        call.dropout_p,
-        call.attention_dropout_p,
-        call.seed,
-        None,
-        call.compute,
-    )
-
-
-KERNELS = _trust.Kernels(
+KERNELS = _trust.TrainingKernels(
+    proof.TRITON,
     "attention",
     has_heads=True,
     forward=_inference,
     training=_training,
     backward=_backward,
     like_training=_fake_training,
-    call_of=_call_of,
+    call_of=call_of,
     num_kept=len(_Kept._fields),
     num_gradients=7,
 )
@@ -275,12 +223,19 @@ KERNELS = _trust.Kernels(
 
 def _doubt(call: AttentionCall, trains: bool) -> str | None:
     hidden = call.hidden
-    use = ("attention", call.compute, call.weights.qkv_weight.size(2), trains, hidden.get_device())
+    use = (
+        proof.TRITON,
+        "attention",
+        call.compute,
+        call.weights.qkv_weight.size(2),
+        trains,
+        hidden.get_device(),
+    )
     return None if use in _trust.trusted else _trust.doubt(use, hidden.device, KERNELS.check)
 
 
 BACKEND: Backend[AttentionCall] = Backend(
-    "triton",
+    proof.TRITON,
     device=availability.DEVICE,
     run=KERNELS.run,
     why_not=why_not,

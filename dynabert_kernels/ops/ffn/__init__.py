@@ -11,7 +11,7 @@ from dynabert_kernels.layout import PackedFFN
 from dynabert_kernels.ops import _checks
 from dynabert_kernels.ops._op import Op, needs_gradients
 from dynabert_kernels.ops._sublayer import compute_name
-from dynabert_kernels.ops.ffn import _cpu, _reference, _triton
+from dynabert_kernels.ops.ffn import _cpu, _cuda, _reference, _triton
 
 _WHO = "ffn"
 
@@ -71,7 +71,7 @@ FFN: Op[FFNCall] = Op(
     ),
     fake=_fake,
     reference=_reference.ffn,
-    backends=(_cpu.BACKEND, _triton.BACKEND),
+    backends=(_cpu.BACKEND, _cuda.BACKEND, _triton.BACKEND),
 )
 
 

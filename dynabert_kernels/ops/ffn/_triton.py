@@ -10,46 +10,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dynabert_kernels.layout import PackedFFN
+from dynabert_kernels import proof
 from dynabert_kernels.ops import _triton, _trust
 from dynabert_kernels.ops._op import Backend, Training
 from dynabert_kernels.ops._sublayer import token_dtype
+from dynabert_kernels.ops.ffn._arguments import Arguments, call_of
 from dynabert_kernels.triton import availability
 
 if TYPE_CHECKING:
     from dynabert_kernels.ops.ffn import FFNCall
-
-
-class _Arguments(NamedTuple):
-    """The arguments of the op's schema."""
-
-    hidden: Tensor
-    up_weight: Tensor
-    up_bias: Tensor
-    down_weight: Tensor
-    down_bias: Tensor
-    norm_weight: Tensor
-    norm_bias: Tensor
-    norm_eps: float
-    activation: str
-    intermediate_size: int
-    intermediate_sizes: Tensor | None
-    cu_seqlens: Tensor | None
-    dropout_p: float
-    seed: int | None
-    compute: str
-
-    @property
-    def trained_neurons(self) -> int:
-        """Neurons that the buffers of a call with gradients hold."""
-        if self.intermediate_sizes is None:
-            return self.intermediate_size
-        return self.up_weight.shape[0]
-
-    def width(self, limit: int) -> _triton.Width:
-        """The width of this call, in buffers that hold `limit` neurons."""
-        cu_seqlens = None if self.cu_seqlens is None else self.cu_seqlens.contiguous()
-        return _triton.Width.of(limit, self.intermediate_sizes, cu_seqlens, self.hidden.shape[0])
 
 
 class _Kept(NamedTuple):
@@ -71,17 +40,23 @@ def why_not(call: FFNCall) -> str | None:
     )
 
 
+def _width(call: Arguments, limit: int) -> _triton.Width:
+    """The width of a call, in buffers that hold `limit` neurons."""
+    cu_seqlens = None if call.cu_seqlens is None else call.cu_seqlens.contiguous()
+    return _triton.Width.of(limit, call.intermediate_sizes, cu_seqlens, call.hidden.shape[0])
+
+
 def _inference(*arguments: Any) -> Tensor:
-    return _forward(_Arguments(*arguments), for_gradient=False)[0]
+    return _forward(Arguments(*arguments), for_gradient=False)[0]
 
 
 def _training(*arguments: Any) -> tuple[Tensor, ...]:
-    output, kept = _forward(_Arguments(*arguments), for_gradient=True)
+    output, kept = _forward(Arguments(*arguments), for_gradient=True)
     assert kept is not None
     return (output, *kept)
 
 
-def _forward(call: _Arguments, *, for_gradient: bool) -> tuple[Tensor, _Kept | None]:
+def _forward(call: Arguments, *, for_gradient: bool) -> tuple[Tensor, _Kept | None]:
     from dynabert_kernels.triton.launch import with_contiguous_rows
     from dynabert_kernels.triton.launch_gemm import columns_product, rows_product
     from dynabert_kernels.triton.launch_norm import residual_norm
@@ -90,7 +65,7 @@ def _forward(call: _Arguments, *, for_gradient: bool) -> tuple[Tensor, _Kept | N
     neurons = call.trained_neurons if for_gradient else call.intermediate_size
     dtype = token_dtype(call.compute)
     with torch.cuda.device_of(hidden):
-        width = call.width(neurons)
+        width = _width(call, neurons)
         seed = _triton.draw_seed(call.seed, hidden.device, is_used=call.dropout_p > 0)
         dropout = _triton.dropout_of(call.dropout_p, seed)
         product = rows_product(
@@ -134,11 +109,11 @@ def _backward(gradient: Tensor, *others: Any) -> tuple[Tensor, ...]:
     from dynabert_kernels.triton.weight_gradient import weight_gradient
 
     number = len(_Kept._fields)
-    kept, call = _Kept(*others[:number]), _Arguments(*others[number:])
+    kept, call = _Kept(*others[:number]), Arguments(*others[number:])
     hidden, neurons = with_contiguous_rows(call.hidden), call.trained_neurons
     dtype, limit = token_dtype(call.compute), call.up_weight.shape[0]
     with torch.cuda.device_of(hidden):
-        width = call.width(neurons)
+        width = _width(call, neurons)
         norm = norm_gradient(
             with_contiguous_rows(gradient),
             kept.total,
@@ -191,7 +166,7 @@ def _backward(gradient: Tensor, *others: Any) -> tuple[Tensor, ...]:
 
 
 def _fake_training(*arguments: Any) -> tuple[Tensor, ...]:
-    call = _Arguments(*arguments)
+    call = Arguments(*arguments)
     hidden, neurons, dtype = call.hidden, call.trained_neurons, token_dtype(call.compute)
     return (
         torch.empty_like(hidden, memory_format=torch.contiguous_format),
@@ -203,31 +178,15 @@ def _fake_training(*arguments: Any) -> tuple[Tensor, ...]:
     )
 
 
-def _call_of(*arguments: Any) -> FFNCall:
-    """What the arguments of the schema say, for the reference."""
-    from dynabert_kernels.ops.ffn import FFNCall
-
-    call = _Arguments(*arguments)
-    return FFNCall(
-        call.hidden,
-        PackedFFN(*call[1:9]),
-        call.intermediate_size,
-        call.intermediate_sizes,
-        call.cu_seqlens,
-        call.dropout_p,
-        call.seed,
-        call.compute,
-    )
-
-
-KERNELS = _trust.Kernels(
+KERNELS = _trust.TrainingKernels(
+    proof.TRITON,
     "ffn",
     has_heads=False,
     forward=_inference,
     training=_training,
     backward=_backward,
     like_training=_fake_training,
-    call_of=_call_of,
+    call_of=call_of,
     num_kept=len(_Kept._fields),
     num_gradients=7,
 )
@@ -235,12 +194,12 @@ KERNELS = _trust.Kernels(
 
 def _doubt(call: FFNCall, trains: bool) -> str | None:
     hidden = call.hidden
-    use = ("ffn", call.compute, None, trains, hidden.get_device())
+    use = (proof.TRITON, "ffn", call.compute, None, trains, hidden.get_device())
     return None if use in _trust.trusted else _trust.doubt(use, hidden.device, KERNELS.check)
 
 
 BACKEND: Backend[FFNCall] = Backend(
-    "triton",
+    proof.TRITON,
     device=availability.DEVICE,
     run=KERNELS.run,
     why_not=why_not,
