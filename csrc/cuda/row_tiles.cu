@@ -18,8 +18,8 @@ struct SharedRuns {
   std::int32_t warp_sums[kWarps];
 };
 
-// The sum over the threads up to and with this one; `total` over all. Callers have a barrier
-// between two calls, and what they wrote to shared memory before is read by nobody after.
+// The sum over the threads up to and with this one; `total` over all. There is a barrier in it; two
+// calls need another between them.
 __device__ __forceinline__ std::int32_t inclusive_sum(std::int32_t value, std::int32_t* warp_sums,
                                                       std::int32_t* total) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;

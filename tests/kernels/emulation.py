@@ -63,24 +63,19 @@ def emulated_file() -> Path:
 
 
 @cache
-def emulated_module(capability: int) -> ModuleType:
-    """The module as a card of a compute capability, such as 80; a copy for each keeps its own."""
+def emulated_module(capability: int, multiprocessors: int) -> ModuleType:
+    """The module as a card, of compute capability 80, say; a copy for each keeps its own."""
     built = emulated_file()
-    copy = FOLDER / f"sm_{capability}" / built.name
+    copy = FOLDER / f"sm_{capability}_{multiprocessors}" / built.name
     copy.parent.mkdir(exist_ok=True)
     beside = copy.with_name(f"{copy.name}.{os.getpid()}")
     shutil.copy2(built, beside)
     os.replace(beside, copy)
-    before = os.environ.get("DYNABERT_EMULATED_CAPABILITY")
-    os.environ["DYNABERT_EMULATED_CAPABILITY"] = str(capability)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DYNABERT_EMULATED_CAPABILITY", str(capability))
+        patch.setenv("DYNABERT_EMULATED_MULTIPROCESSORS", str(multiprocessors))
         module = _cuda_extension.load_emulated(copy)
-        assert module.compute_capability(0) == capability  # it has read the variable
-    finally:
-        if before is None:
-            del os.environ["DYNABERT_EMULATED_CAPABILITY"]
-        else:
-            os.environ["DYNABERT_EMULATED_CAPABILITY"] = before
+        assert module.compute_capability(0) == capability  # it has read the variables
     return module
 
 
@@ -94,14 +89,15 @@ def _register() -> None:
 
 
 @contextmanager
-def emulated_cuda(capability: int) -> Iterator[None]:
+def emulated_cuda(capability: int, multiprocessors: int = 4) -> Iterator[None]:
     """Within it `use_backend("cuda")` runs the emulated kernels on CPU tensors, and is in force."""
-    module: Any = emulated_module(capability)
+    module: Any = emulated_module(capability, multiprocessors)
     if not _cuda_extension.EMULATED:
         _register()
     with pytest.MonkeyPatch.context() as patch, use_backend("cuda"):
         patch.setattr(_cuda_extension, "cuda_extension", lambda: module)
-        patch.setattr(_cuda, "EMULATED", True)
+        for name, value in (("EMULATED", True), ("DEVICE", "cpu"), ("_MISSING", None)):
+            patch.setattr(_cuda, name, value)
         patch.setattr(_cuda, "_zeros", {})
         for op in (ATTENTION, FFN):
             backends = [

@@ -18,6 +18,7 @@ from dynabert_kernels import attention, ffn, proof, use_backend
 from dynabert_kernels.ops import _self_check
 from dynabert_kernels.ops.attention import ATTENTION, AttentionCall
 from dynabert_kernels.ops.attention._cuda import KERNELS as attention_kernels
+from dynabert_kernels.ops.encoder import EncoderLayer, EncoderLayers, encoder
 from dynabert_kernels.ops.ffn import FFN, FFNCall
 from dynabert_kernels.ops.ffn._cuda import KERNELS as ffn_kernels
 from dynabert_kernels.testing import (
@@ -305,6 +306,38 @@ def test_the_self_check_agrees_and_finds_a_wrong_kernel(card, op):
 def test_the_kernels_agree_at_the_sizes_of_a_first_use(card, op, dtype):
     path = path_of(op, NAMES[dtype], head_dim=64)
     assert KERNELS[op].check(path, torch.device("cpu")) is None
+
+
+@pytest.fixture
+def hopper():
+    """Backend `cuda` in force on a card with room for the persistent encoder."""
+    with emulated_cuda(90, multiprocessors=64):
+        yield
+
+
+@pytest.mark.parametrize("on_device", [False, True], ids=["host", "device"])
+@pytest.mark.parametrize("head_dim", [32, 64])
+def test_the_self_check_of_the_encoder_agrees(hopper, head_dim, on_device):
+    widths = ((3, 48),) * 2 if on_device else ((4, 64), (1, 16))
+    problem = _self_check.EncoderProblem((5, 9), 128, (4, 64), widths, on_device)
+    path = proof.Path("cuda", "encoder", "bfloat16", head_dim, "forward", "sm_90")
+    assert _self_check.encoder_difference(path, torch.device("cpu"), (problem,)) is None
+
+
+def test_layers_that_the_encoder_is_not_made_for_are_the_ops_to_the_bit(card):
+    lengths, dtype = [5, 9], torch.float16
+    made = [weights_of("attention", dtype), weights_of("ffn", dtype)]
+    layers = [EncoderLayer(*made, 2, 33), EncoderLayer(*made, 3, 70)]
+    hidden, offsets = tokens_of(lengths, dtype), offsets_of(lengths)
+    expected = hidden
+    for layer in layers:
+        expected = call("attention", expected, layer.attention, layer.num_heads, lengths)
+        expected = call("ffn", expected, layer.ffn, layer.intermediate_size, lengths)
+    packed = EncoderLayers.of(layers)
+    assert encoder(hidden, packed, cu_seqlens=offsets, max_seqlen=9) is None  # gradients
+    with torch.no_grad():
+        result = encoder(hidden, packed, cu_seqlens=offsets, max_seqlen=9)
+    assert torch.equal(result, expected)
 
 
 @pytest.mark.slow

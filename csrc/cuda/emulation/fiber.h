@@ -9,11 +9,14 @@
 #include <cstdlib>
 #include <vector>
 
-#ifndef __x86_64__
-#include <ucontext.h>
+// DYNABERT_UCONTEXT: the system's switch, twenty times slower, where there is no other.
+#if !defined(__x86_64__) && !defined(DYNABERT_UCONTEXT)
+#define DYNABERT_UCONTEXT
 #endif
 
-#ifdef __x86_64__
+#ifdef DYNABERT_UCONTEXT
+#include <ucontext.h>
+#else
 extern "C" void dynabert_switch_stack(void** save, void* load);
 // Saves what a call must keep and the stack pointer, takes the other stack's and returns into it.
 // One copy in a program, however many files include this.
@@ -46,18 +49,18 @@ namespace dynabert::emulation {
 
 // A place to continue at: of a fiber that is not running, or of the program that started them.
 struct Context {
-#ifdef __x86_64__
-  void* stack_pointer = nullptr;
-#else
+#ifdef DYNABERT_UCONTEXT
   ucontext_t context;
+#else
+  void* stack_pointer = nullptr;
 #endif
 };
 
 inline void switch_context(Context& from, Context& to) {
-#ifdef __x86_64__
-  dynabert_switch_stack(&from.stack_pointer, to.stack_pointer);
-#else
+#ifdef DYNABERT_UCONTEXT
   swapcontext(&from.context, &to.context);
+#else
+  dynabert_switch_stack(&from.stack_pointer, to.stack_pointer);
 #endif
 }
 
@@ -102,7 +105,13 @@ inline Stacks stacks;
 
 // Makes `context` begin with entry(), which must not return, on `stack`.
 inline void prepare_context(Context& context, std::byte* stack, void (*entry)()) {
-#ifdef __x86_64__
+#ifdef DYNABERT_UCONTEXT
+  getcontext(&context.context);
+  context.context.uc_stack.ss_sp = stack + 64;
+  context.context.uc_stack.ss_size = Stacks::kBytes - 64;
+  context.context.uc_link = nullptr;
+  makecontext(&context.context, entry, 0);
+#else
   // As if entry() had been called: eight bytes off a multiple of 16, nobody to return to. Below,
   // its address for `ret` and six registers.
   void** top = reinterpret_cast<void**>(stack + Stacks::kBytes);
@@ -110,12 +119,6 @@ inline void prepare_context(Context& context, std::byte* stack, void (*entry)())
   *--top = reinterpret_cast<void*>(entry);
   for (int i = 0; i < 6; ++i) *--top = nullptr;
   context.stack_pointer = top;
-#else
-  getcontext(&context.context);
-  context.context.uc_stack.ss_sp = stack + 64;
-  context.context.uc_stack.ss_size = Stacks::kBytes - 64;
-  context.context.uc_link = nullptr;
-  makecontext(&context.context, entry, 0);
 #endif
 }
 

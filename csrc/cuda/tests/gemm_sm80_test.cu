@@ -6,8 +6,6 @@
 //   g++ -std=c++20 -O1 -x c++ -I/usr/local/cuda/include SOURCES -o gemm_sm80_test
 // gemm_sm80_test [cases] [seed]
 
-#include <string>
-
 #include "../gemm_sm80.h"
 #include "../gemm_sm80_schedule.h"
 #include "../launch.cuh"

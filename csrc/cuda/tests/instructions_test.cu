@@ -240,12 +240,16 @@ __global__ void box_kernel(const __grid_constant__ CUtensorMap in,
     mbarrier_init_fence();
   }
   cluster_sync_initialised();
-  if (threadIdx.x == 0) {
-    mbarrier_arrive_expect(barrier, 2 * kBoxBytes);
-    if (rank == 0) tma_load_multicast(shared, &in, barrier, 3, x, y);
-    tma_load(shared + kBoxBytes, &deep, barrier, 0, y, z);
+  // Three phases of the barrier; the last brings what is looked at.
+  for (int round = 2; round >= 0; --round) {
+    if (threadIdx.x == 0) {
+      mbarrier_arrive_expect(barrier, 2 * kBoxBytes);
+      if (rank == 0) tma_load_multicast(shared, &in, barrier, 3, x, y + round);
+      tma_load(shared + kBoxBytes, &deep, barrier, 0, y + round, z);
+    }
+    mbarrier_wait(barrier, round & 1);
+    cluster_sync();
   }
-  mbarrier_wait(barrier, 0);
   for (int i = threadIdx.x; i < 2 * kBoxBytes / 16; i += blockDim.x) {
     seen[rank * (2 * kBoxBytes / 16) + i] = load_shared_uint4(shared + i * 16);
   }
