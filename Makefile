@@ -56,9 +56,9 @@ test-long: $(INSTALLED)  ## every test that needs no GPU
 # Records the paths that agree with the reference first. Compiling ahead of time is the one part of the
 # Triton tests that a GPU changes nothing about.
 test-gpu: $(INSTALLED)  ## the tests that need a GPU, and the Triton kernels' on it
-	$(BIN)/python -m dynabert_kernels.triton.prove
+	$(BIN)/python -m dynabert_kernels.prove
 	$(TESTS) -m gpu
-	$(TESTS) -m "not slow and not gpu" -k triton --ignore tests/kernels/test_triton_aot.py \
+	$(TESTS) -m "not slow and not gpu" -k "triton or cuda" --ignore tests/kernels/test_triton_aot.py \
 	  tests/kernels
 
 # Needs neither torch nor the environment: nvcc, compute-sanitizer and a card.

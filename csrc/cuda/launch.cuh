@@ -9,26 +9,12 @@
 #include <vector>
 
 #include "device.cuh"
+#include "launch_shape.h"
 #ifndef __CUDACC__
 #include "emulation/launch.h"
 #endif
 
 namespace dynabert {
-
-#ifdef __CUDACC__
-struct LaunchShape {
-  dim3 grid;
-  dim3 block;
-  std::size_t shared_bytes = 0;
-  unsigned cluster = 1;      // neighbouring blocks (along x) that share their shared memory
-  bool cooperative = false;  // all blocks are resident, so that they may wait for each other
-  // Blocks may start, up to griddepcontrol.wait, before the previous kernel of the stream has
-  // ended.
-  bool programmatic = false;
-};
-#else
-using emulation::LaunchShape;
-#endif
 
 namespace launch_detail {
 

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 # Limits of csrc/encoder/encoder_cuda.h that spare larger calls the questions below.
 _MAX_TOKENS = 512
-HEAD_DIMS = (32, 64)
 _TENSORS = 6  # of a sublayer
 _device_of, _dtype_of = attrgetter("device"), attrgetter("dtype")
 

@@ -45,10 +45,10 @@ PROGRAMS = (
     Program("instructions_test", (), 10, capability=90),
     Program("gemm_sm80_test", GEMM_SM80, 60),
     Program("gemm_test", ("cuda/gemm_sm90.cu",), 30, capability=90),
-    Program("ffn_test", ("ffn/ffn_cuda.cu", *SUBLAYER), 20),
-    Program("ffn_test", ("ffn/ffn_cuda.cu", *SUBLAYER), 20, capability=90),
-    Program("attention_test", ("attention/attention_c*.cu", *SUBLAYER), 20),
-    Program("attention_test", ("attention/attention_c*.cu", *SUBLAYER), 20, capability=90),
+    Program("ffn_test", ("ffn/ffn_cuda.cu", *SUBLAYER), 60),
+    Program("ffn_test", ("ffn/ffn_cuda.cu", *SUBLAYER), 60, capability=90),
+    Program("attention_test", ("attention/attention_c*.cu", *SUBLAYER), 60),
+    Program("attention_test", ("attention/attention_c*.cu", *SUBLAYER), 60, capability=90),
     Program("encoder_test", ("encoder/encoder_cuda.cu",), 2, capability=90, multiprocessors=64),
 )
 FAST = tuple(each for each in PROGRAMS if each.name in {"emulation_test", "gemm_sm80_test"})

@@ -135,15 +135,6 @@ struct Cluster {
   std::vector<Thread*> waiting;
 };
 
-struct LaunchShape {
-  dim3 grid;
-  dim3 block;
-  std::size_t shared_bytes = 0;
-  unsigned cluster = 1;
-  bool cooperative = false;
-  bool programmatic = false;
-};
-
 inline Thread* running = nullptr;
 
 inline Thread& this_thread() {

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "../launch_shape.h"
 #include "grid.h"
 #include "meet.h"
 #include "runtime.h"
