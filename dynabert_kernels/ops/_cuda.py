@@ -21,6 +21,9 @@ MAX_HIDDEN_SIZE = 8192
 ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = {"gelu": 1, "gelu_tanh": 2, "relu": 3}
 _ALIGNMENT = 16  # bytes
+# Hopper's products have tiles of 128 x 192: with fewer tokens, those with 768 outputs have less
+# than one for each of 132 multiprocessors.
+_FEWEST_TOKENS = 4096
 
 # Constants of the process: Dynamo traces the functions that read them.
 _MISSING = _cuda_extension.cuda_error()
@@ -93,21 +96,39 @@ def why_not(
     return None
 
 
-def yields(hidden: Tensor, compute: str) -> str | None:
-    """Why the Triton kernels are the better choice where both can run a call, or None."""
-    if compute == "bfloat16" and torch.cuda.get_device_capability(hidden.device) == (9, 0):
-        return None
-    return "only bfloat16 on sm_90 has been timed beside the Triton kernels"
+def yields(hidden: Tensor, compute: str, each: Tensor | None) -> str | None:
+    """Why the Triton kernels are the better choice where both can run a call, or None.
+
+    Args:
+        hidden: Tokens, ``[total_tokens, hidden_size]``.
+        compute: Dtype of the matrix products, by name.
+        each: The call's heads or neurons, where they are a tensor.
+    """
+    if compute != "bfloat16" or not _is_hopper(hidden):
+        return "only bfloat16 on sm_90 has been timed beside the Triton kernels"
+    if hidden.shape[0] < _FEWEST_TOKENS:
+        return f"fewer than {_FEWEST_TOKENS} tokens leave multiprocessors without a tile"
+    if each is not None and each.numel() > 1:
+        return "a batch of several widths runs on the kernels for sm_80"
+    return None
 
 
 def precedes(hidden: Tensor, compute: str) -> bool:
     """Whether the automatic choice asks these kernels before Triton's; they may still refuse."""
-    return (
-        _MISSING is None
-        and _cuda_extension.OPT_IN is None
-        and hidden.device.type == DEVICE
-        and yields(hidden, compute) is None
-    )
+    return _is_here(hidden) and yields(hidden, compute, None) is None
+
+
+def encoder_precedes(hidden: Tensor) -> bool:
+    """The same for all layers in one launch, in bfloat16."""
+    return _is_here(hidden) and _is_hopper(hidden)
+
+
+def _is_here(hidden: Tensor) -> bool:
+    return _MISSING is None and _cuda_extension.OPT_IN is None and hidden.device.type == DEVICE
+
+
+def _is_hopper(hidden: Tensor) -> bool:
+    return torch.cuda.get_device_capability(hidden.device) == (9, 0)
 
 
 class Width(NamedTuple):

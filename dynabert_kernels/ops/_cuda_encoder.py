@@ -80,7 +80,7 @@ def _may_run(hidden: Tensor, layers: EncoderLayers) -> bool:
         or not 0 < hidden.shape[0] <= _MAX_TOKENS
         or hidden.device.type != _cuda.DEVICE
         or forced not in (None, proof.CUDA)
-        or (forced is None and not _cuda.precedes(hidden, "bfloat16"))
+        or (forced is None and not _cuda.encoder_precedes(hidden))
         or _cuda.cuda_missing() is not None
         or torch.is_grad_enabled()
         or torch.compiler.is_compiling()

@@ -54,14 +54,24 @@ def test_it_comes_before_triton(op):
 
 
 def test_it_yields_where_nobody_has_timed_it(monkeypatch):
-    hidden = torch.zeros(1, 8)
-    for capability, compute, sentence in (
-        ((9, 0), "bfloat16", None),
-        ((9, 0), "float16", "only bfloat16 on sm_90 has been timed beside the Triton kernels"),
-        ((8, 0), "bfloat16", "only bfloat16 on sm_90 has been timed beside the Triton kernels"),
+    one, two = torch.ones(1, dtype=torch.int32), torch.ones(2, dtype=torch.int32)
+    untimed = "only bfloat16 on sm_90 has been timed beside the Triton kernels"
+    for capability, compute, tokens, each, sentence in (
+        ((9, 0), "bfloat16", 4096, None, None),
+        ((9, 0), "bfloat16", 4096, one, None),
+        ((9, 0), "float16", 4096, None, untimed),
+        ((8, 0), "bfloat16", 4096, None, untimed),
+        (
+            (9, 0),
+            "bfloat16",
+            4095,
+            None,
+            "fewer than 4096 tokens leave multiprocessors without a tile",
+        ),
+        ((9, 0), "bfloat16", 4096, two, "a batch of several widths runs on the kernels for sm_80"),
     ):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
-        assert _cuda.yields(hidden, compute) == sentence
+        assert _cuda.yields(torch.zeros(tokens, 8), compute, each) == sentence
 
 
 def half(*sizes):

@@ -151,8 +151,11 @@ def test_the_automatic_choice_on_hopper_is_this_backend(monkeypatch):
     for op in (ATTENTION, FFN):
         overload = op._overloads["cuda"]
         monkeypatch.setitem(op._overloads, "cuda", lambda *a, o=overload: ran.append(o) or o(*a))
+    many = [128] * 32
     with use_backend(None):
         layer(layer.tokens(RAGGED), 12, 3072, offsets_of(RAGGED, "cuda"), max(RAGGED))
+        assert ran == []
+        layer(layer.tokens(many), 12, 3072, offsets_of(many, "cuda"), max(many))
     assert len(ran) == 2
 
 

@@ -9,7 +9,7 @@
 #include <cstdlib>
 #include <vector>
 
-// DYNABERT_UCONTEXT: the system's switch, twenty times slower, where there is no other.
+// DYNABERT_UCONTEXT: the system's switch, which makes system calls, where there is no other.
 #if !defined(__x86_64__) && !defined(DYNABERT_UCONTEXT)
 #define DYNABERT_UCONTEXT
 #endif

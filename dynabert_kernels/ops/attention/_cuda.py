@@ -113,6 +113,6 @@ BACKEND: Backend[AttentionCall] = Backend(
     why_not=why_not,
     unavailable=_cuda.cuda_missing,
     unproven=_cuda_extension.OPT_IN,
-    yields=lambda call: _cuda.yields(call.hidden, call.compute),
+    yields=lambda call: _cuda.yields(call.hidden, call.compute, call.num_heads_each),
     doubt=_doubt,
 )

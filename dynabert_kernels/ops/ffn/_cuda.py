@@ -110,6 +110,6 @@ BACKEND: Backend[FFNCall] = Backend(
     why_not=why_not,
     unavailable=_cuda.cuda_missing,
     unproven=_cuda_extension.OPT_IN,
-    yields=lambda call: _cuda.yields(call.hidden, call.compute),
+    yields=lambda call: _cuda.yields(call.hidden, call.compute, call.intermediate_sizes),
     doubt=_doubt,
 )
