@@ -4,7 +4,7 @@
 #
 #   sanitize.sh WORK_DIR [PERCENT]
 #
-# PERCENT scales the number of cases: 100 are 232 on a Hopper card.
+# PERCENT scales the number of cases: 100 are 248 on a Hopper card.
 set -euo pipefail
 
 work=${1:?usage: sanitize.sh WORK_DIR [PERCENT]}
@@ -32,7 +32,7 @@ capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/nul
 # Cases for each tool. The programs of Hopper's kernels run there alone.
 declare -A cases=([gemm_sm80_test]=15 [ffn_test]=8 [attention_test]=12)
 if [[ $capability == 9.0 ]]; then
-  cases+=([gemm_test]=15 [encoder_test]=8)
+  cases+=([gemm_test]=15 [encoder_test]=8 [instructions_test]=4)
 fi
 
 mkdir -p "$work"
@@ -41,7 +41,7 @@ flags=(-std=c++20 -O3 -lineinfo -DDYNABERT_SPIN_LIMIT_NS=60000000000ull)
 compile() {
   local architecture=${capability/./}
   case $1 in
-    *sm90* | */encoder_cuda.cu) architecture=90a ;;
+    *sm90* | */encoder_cuda.cu | */instructions_test.cu) architecture=90a ;;
   esac
   "$nvcc" "${flags[@]}" "-gencode=arch=compute_$architecture,code=sm_$architecture" \
     -c "$1" -o "$work/$(basename "$1" .cu).o"
