@@ -1,4 +1,4 @@
-"""Embeddings of a padded batch in one kernel, where backend ``triton`` runs; see `embeddings`."""
+"""Embeddings of a padded batch in one Triton kernel, where a GPU backend runs; see `embeddings`."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def _runs() -> bool:
     forced = forced_backend()
     if availability.triton_missing() is not None:
         return False
-    return forced == proof.TRITON or (forced is None and availability.OPT_IN is None)
+    return forced in proof.BACKENDS or (forced is None and availability.OPT_IN is None)
 
 
 def _is_trusted(word: Tensor) -> bool:
@@ -93,7 +93,7 @@ def _is_trusted(word: Tensor) -> bool:
     reason = None if use in _trust.trusted else _trust.doubt(use, word.device, _difference)
     if reason is None:
         return True
-    if forced_backend() == proof.TRITON:
+    if forced_backend() in proof.BACKENDS:
         raise NotImplementedError(f"{_OP}: the forced backend cannot run this call: {reason}")
     if reason not in _said:
         _said.add(reason)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 PackedT = TypeVar("PackedT", PackedAttention, PackedFFN)
 _TENSORS_PER_SUBLAYER = 6
 # Leaves rows that belong to no sequence alone, in a compiled graph too.
-_RAGGED = "triton"
+_RAGGED = ("cuda", "triton")
 
 
 class DynaBertSublayer(nn.Module, Generic[PackedT]):
@@ -186,6 +186,9 @@ def takes_spare_rows(attention: DynaBertAttention, ffn: DynaBertFFN, like: Tenso
 
 def _runs_ragged(op: Op[Any], call: Any) -> bool:
     forced = forced_backend()
-    (backend,) = [backend for backend in op.backends if backend.name == _RAGGED]
-    may = backend.unproven is None if forced is None else forced == _RAGGED
-    return may and op.why_not(_RAGGED, call) is None
+    return any(
+        op.why_not(backend.name, call) is None
+        for backend in op.backends
+        if backend.name in _RAGGED
+        and (backend.unproven is None if forced is None else forced == backend.name)
+    )
