@@ -291,7 +291,11 @@ def test_training_goes_on_to_the_same_bits_and_log(
     assert len(kept) <= 4 and not [name for name in kept if name.startswith(".")]
 
 
-@pytest.mark.parametrize("stops", [(3,), (4, 5, 5), (9, 10, 11), (12, 14)], ids=str)
+@pytest.mark.parametrize(
+    "stops",
+    [(3,), (4, 5, 5), *(pytest.param(s, marks=pytest.mark.slow) for s in ((9, 10, 11), (12, 14)))],
+    ids=str,
+)
 def test_training_can_be_stopped_again_and_again(
     stops: tuple[int, ...], make_trainer: MakeTrainer, uninterrupted: Outcome, tmp_path: Path
 ) -> None:

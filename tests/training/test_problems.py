@@ -107,14 +107,14 @@ def pairs_of_texts(data: TaskData, num_classes: int = 2) -> TaskData:
     ("kind", "architecture"),
     [
         ("pairs", "bert"),
-        ("pairs", "roberta"),
-        ("four-classes", "roberta"),
+        pytest.param("pairs", "roberta", marks=pytest.mark.slow),
+        pytest.param("four-classes", "roberta", marks=pytest.mark.slow),
         ("scored-pairs", "bert"),
-        ("scored-pairs", "roberta"),
+        pytest.param("scored-pairs", "roberta", marks=pytest.mark.slow),
         ("token-classification", "bert"),
         ("token-classification", "roberta"),
         ("question-answering", "bert"),
-        ("question-answering", "roberta"),
+        pytest.param("question-answering", "roberta", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_trains_every_stage_of_every_problem(

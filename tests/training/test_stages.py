@@ -122,7 +122,13 @@ class Interruption(Exception):
 
 
 @pytest.mark.parametrize(
-    ("stage", "step"), [("width", 5), ("width", 12), ("width-depth", 4)], ids=lambda v: str(v)
+    ("stage", "step"),
+    [
+        pytest.param("width", 5, marks=pytest.mark.slow),
+        ("width", 12),
+        ("width-depth", 4),
+    ],
+    ids=lambda v: str(v),
 )
 def test_an_interrupted_run_goes_on_to_the_same_weights(
     stage: str,
