@@ -15,10 +15,15 @@ constexpr int kMaxDevices = 64;
 
 // The driver's encoder, found through the runtime so that nothing links against libcuda.
 PFN_cuTensorMapEncodeTiled_v12000 find_encoder() {
+  constexpr char kName[] = "cuTensorMapEncodeTiled";
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found;
-  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
-                                                             12000, cudaEnableDefault, &found);
+#if CUDART_VERSION >= 12050
+  const cudaError_t error =
+      cudaGetDriverEntryPointByVersion(kName, &function, 12000, cudaEnableDefault, &found);
+#else
+  const cudaError_t error = cudaGetDriverEntryPoint(kName, &function, cudaEnableDefault, &found);
+#endif
   if (error != cudaSuccess || found != cudaDriverEntryPointSuccess) return nullptr;
   return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
 }
@@ -105,7 +110,7 @@ cudaError_t launch(const TensorMaps& maps, const GemmArguments& args, cudaStream
 }
 
 // Where a tensor ends for the copy engine, along the width: it reads zeros past it and writes
-// nothing there. A width in device memory is not known here.
+// nothing past the 16 bytes that the end is in. A width in device memory is not known here.
 std::int64_t width_bound(const PrefixWidth& width, std::int64_t otherwise) {
   return width.device_count == nullptr ? width.rows() : otherwise;
 }

@@ -19,8 +19,8 @@ namespace dynabert {
 // out[t, n] = activation(sum_c x[t, c] * weight[n, c] + bias[n]) for n < width.rows().
 //
 // QKV: weight [H, 3, D, C] seen as [H * 3 * D, C], unit 3 * D. Up: weight [I, C], unit 1. Any width
-// from 1 to full_width; `out` beyond a width of the host is left as it was, beyond one in device
-// memory it is undefined up to the next multiple of 64.
+// from 1 to full_width; beyond it `out` is undefined up to the next multiple of 8, beyond one in
+// device memory up to that of 64.
 struct GemmRowsSm90 {
   const void* x;       // [T, C]
   const void* weight;  // [full_width, C]
@@ -40,8 +40,8 @@ cudaError_t gemm_rows_sm90(const GemmRowsSm90& args, cudaStream_t stream);
 // out[t, c] = sum_n x[t, n] * weight[n, c] + bias[c] for n < width.rows(); plus residual[t, c] if
 // that is given; then, if norm_weight is given too, LayerNorm over c.
 //
-// Out: weight [H, D, C] seen as [H * D, C], unit D. Down: weight [I, C], unit 1. Any width from 1 to
-// full_width; x beyond it is not used. `out` may be `residual`, element for element.
+// Out: weight [H, D, C] seen as [H * D, C], unit D. Down: weight [I, C], unit 1. Any width from 1
+// to full_width; x beyond it is not used. `out` may be `residual`, element for element.
 struct GemmColumnsSm90 {
   const void* x;            // [T, >= width]
   const void* weight;       // [full_width, C]

@@ -69,7 +69,8 @@ struct Config {
   cudaLaunchAttribute attributes[3] = {};
   cudaLaunchConfig_t config = {};
 
-  Config(const LaunchShape& shape, cudaStream_t stream) {
+  // A cluster of one block is what a launch has anyway; a question about clusters must name it.
+  Config(const LaunchShape& shape, cudaStream_t stream, bool names_cluster) {
     config.gridDim = shape.grid;
     config.blockDim = shape.block;
     config.dynamicSmemBytes = shape.shared_bytes;
@@ -79,8 +80,7 @@ struct Config {
       attributes[config.numAttrs].id = id;
       return attributes[config.numAttrs++].val;
     };
-    if (shape.cluster > 1)
-      next(cudaLaunchAttributeClusterDimension).clusterDim = {shape.cluster, 1, 1};
+    if (names_cluster) next(cudaLaunchAttributeClusterDimension).clusterDim = {shape.cluster, 1, 1};
     if (shape.cooperative) next(cudaLaunchAttributeCooperative).cooperative = 1;
     if (shape.programmatic) {
       next(cudaLaunchAttributeProgrammaticStreamSerialization)
@@ -118,7 +118,7 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), const LaunchShape& shap
     return error;
   }
 #ifdef __CUDACC__
-  const launch_detail::Config launch(shape, stream);
+  const launch_detail::Config launch(shape, stream, shape.cluster > 1);
   return cudaLaunchKernelEx(&launch.config, kernel, std::forward<Arguments>(arguments)...);
 #else
   return emulation::launch(kernel, shape, stream, std::forward<Arguments>(arguments)...);
@@ -134,7 +134,7 @@ cudaError_t max_active_clusters(int* clusters, void (*kernel)(Parameters...),
     return error;
   }
 #ifdef __CUDACC__
-  const launch_detail::Config launch(shape, nullptr);
+  const launch_detail::Config launch(shape, nullptr, true);
   return cudaOccupancyMaxActiveClusters(clusters, function, &launch.config);
 #else
   return emulation::max_active_clusters(clusters, shape);

@@ -46,6 +46,8 @@ class _Tables(NamedTuple):
 
 
 _tables: WeakKeyDictionary[EncoderLayers, _Tables] = WeakKeyDictionary()
+# Those that a captured launch reads at every replay: kept, since nobody tells when a graph is gone.
+_captured: dict[int, _Tables] = {}
 
 
 def run(hidden: Tensor, layers: EncoderLayers, cu_seqlens: Tensor) -> Tensor | None:
@@ -136,14 +138,14 @@ def launch(hidden: Tensor, layers: EncoderLayers, cu_seqlens: Tensor) -> Tensor 
             layers.norm_eps[0],
             _cuda.zeroed(("encoder", shape[4]), room, hidden),
         )
+        if _trust.is_capturing(hidden.device):
+            _captured[tables.weights.data_ptr()] = tables
     return output
 
 
 def _tables_of(layers: EncoderLayers, device: torch.device) -> _Tables | None:
     """Made by the first call and after weights have moved; None while a graph is being captured."""
-    pairs = zip(
-        _by_layer(layers.attention_weights), _by_layer(layers.ffn_weights), strict=True
-    )
+    pairs = zip(_by_layer(layers.attention_weights), _by_layer(layers.ffn_weights), strict=True)
     tensors = [tensor for attention, ffn in pairs for tensor in (*attention, *ffn)]
     addresses = list(map(Tensor.data_ptr, tensors))
     tables = _tables.get(layers)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
 from dynabert_kernels import attention, ffn, proof, use_backend
-from dynabert_kernels.ops import _cuda, _self_check, _trust
+from dynabert_kernels.ops import _cuda, _cuda_encoder, _self_check, _trust
 from dynabert_kernels.ops.attention import ATTENTION
 from dynabert_kernels.ops.attention import _cuda as cuda_attention
+from dynabert_kernels.ops.encoder import EncoderLayer, EncoderLayers
 from dynabert_kernels.ops.ffn import FFN
 from dynabert_kernels.ops.ffn import _cuda as cuda_ffn
 from dynabert_kernels.testing import (
@@ -193,25 +196,67 @@ def test_a_thousand_replays_of_one_graph_equal_eager_calls_at_every_width(dtype,
         assert int(different) == 0, (num_heads, intermediate_size)
 
 
-@half_types
-def test_a_thousand_calls_on_each_of_four_streams(dtype):
-    layer, lengths = Layer(dtype), [64, 128, 7]
-    offsets = offsets_of(lengths, "cuda")
-    batches = [layer.tokens(lengths, seed=seed) for seed in range(4)]
-    widths = SUBNETS
-    expected = [
-        layer(hidden, *width, offsets, 128) for hidden, width in zip(batches, widths, strict=True)
-    ]
-    different = [torch.zeros((), dtype=torch.int64, device="cuda") for _ in batches]
-    streams = [torch.cuda.Stream() for _ in batches]
+def on_four_streams(run, count):
+    """How often `run(place)`, called `count` times for each place at once, differs from alone."""
+    expected = [run(place) for place in range(4)]
+    different = [torch.zeros((), dtype=torch.int64, device="cuda") for _ in expected]
+    streams = [torch.cuda.Stream() for _ in expected]
     torch.cuda.synchronize()
-    for _ in range(1000):
+    for _ in range(count):
         for place, stream in enumerate(streams):
             with torch.cuda.stream(stream):
-                result = layer(batches[place], *widths[place], offsets, 128)
-                different[place] += (result != expected[place]).any()
+                different[place] += (run(place) != expected[place]).any()
     torch.cuda.synchronize()
-    assert [int(count) for count in different] == [0, 0, 0, 0]
+    return [int(number) for number in different]
+
+
+# The longer batch fills a card with blocks that wait for each other, on every stream.
+@pytest.mark.parametrize("lengths", [[64, 128, 7], [128] * 64], ids=["short", "full"])
+@half_types
+def test_a_thousand_calls_on_each_of_four_streams(dtype, lengths):
+    layer, offsets = Layer(dtype), offsets_of(lengths, "cuda")
+    batches = [layer.tokens(lengths, seed=seed) for seed in range(4)]
+
+    def run(place):
+        return layer(batches[place], *SUBNETS[place], offsets, 128)
+
+    assert on_four_streams(run, 1000) == [0, 0, 0, 0]
+
+
+def whole_encoder(layer):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the card is not sm_90")
+    return EncoderLayers.of([EncoderLayer(layer.heads, layer.neurons, 12, 3072)] * 4)
+
+
+@torch.no_grad()
+def test_a_thousand_encoders_on_each_of_four_streams():
+    layer, lengths = Layer(), [64, 128, 7]
+    layers, offsets = whole_encoder(layer), offsets_of(lengths, "cuda")
+    batches = [layer.tokens(lengths, seed=seed) for seed in range(4)]
+
+    def run(place):
+        return _cuda_encoder.launch(batches[place], layers, offsets)
+
+    assert on_four_streams(run, 1000) == [0, 0, 0, 0]
+
+
+@torch.no_grad()
+def test_a_captured_encoder_needs_nothing_that_the_call_held():
+    layer, lengths = Layer(), [64, 128, 7]
+    layers, offsets = whole_encoder(layer), offsets_of(lengths, "cuda")
+    hidden = layer.tokens(lengths)
+    expected = _cuda_encoder.launch(hidden, layers, offsets)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = _cuda_encoder.launch(hidden, layers, offsets)
+    del layers
+    gc.collect()
+    # What was freed holds other numbers by now.
+    spoilt = [torch.full((64,), -1, dtype=torch.int64, device="cuda") for _ in range(1000)]
+    graph.replay()
+    assert torch.equal(result, expected)
+    assert len(spoilt) == 1000
 
 
 def test_calls_on_a_card_that_is_not_the_current_one():

@@ -52,7 +52,7 @@ while read -r source; do
   kernels+=("$work/$(basename "$source" .cu).o")
   compile "$source" &
   builds+=($!)
-done < <(find "$tests/../.." -name '*.cu' -not -path '*/tests/*')
+done < <(cd "$tests/../.." && find "$PWD" -name '*.cu' -not -path "$tests/*")
 for program in "${!cases[@]}"; do
   compile "$tests/$program.cu" &
   builds+=($!)
