@@ -326,6 +326,14 @@ int compute_capability(int device) {
   return 10 * major + minor;
 }
 
+// The driver's and the runtime's versions, such as 13000; the driver's is 0 where there is none.
+std::pair<int, int> versions() {
+  int driver = 0, runtime = 0;
+  if (cudaDriverGetVersion(&driver) != cudaSuccess) driver = 0;
+  check(cudaRuntimeGetVersion(&runtime), "versions");
+  return {driver, runtime};
+}
+
 pybind11::dict build_info() {
   pybind11::dict info;
   info["architectures"] = kBuildArchitectures;
@@ -341,18 +349,22 @@ pybind11::dict build_info() {
 
 PYBIND11_MODULE(DYNABERT_CUDA_MODULE, m) {
   using namespace dynabert;
-  m.def("attention", &attention, "The attention sublayer; see attention_cuda.h.");
+  // A launch waits where the device's queue is full; other threads of Python run meanwhile. The
+  // emulation is one thread at a time anyway.
+  using Launch = std::conditional_t<kBuildEmulated, pybind11::call_guard<>,
+                                    pybind11::call_guard<pybind11::gil_scoped_release>>;
+  m.def("attention", &attention, Launch(), "The attention sublayer; see attention_cuda.h.");
   m.def("attention_workspace_bytes", &attention_workspace,
         "Bytes of its workspace, of any content.");
-  m.def("ffn", &ffn, "The feed-forward sublayer; see ffn_cuda.h.");
+  m.def("ffn", &ffn, Launch(), "The feed-forward sublayer; see ffn_cuda.h.");
   m.def("ffn_workspace_bytes", &ffn_workspace, "Bytes of its workspace, of any content.");
   m.def("norm_workspace_bytes", &norm_workspace_bytes,
         "Bytes of the zeros that a LayerNorm fused into a product needs.");
   m.def("zeros", &zeros, "New memory of zeros, never freed; filled on a stream.");
-  m.def("gemm_rows", &gemm_rows, "x @ weight[:n].T + bias[:n] and an activation.");
-  m.def("gemm_columns", &gemm_columns,
+  m.def("gemm_rows", &gemm_rows, Launch(), "x @ weight[:n].T + bias[:n] and an activation.");
+  m.def("gemm_columns", &gemm_columns, Launch(),
         "x[:, :n] @ weight[:n] + bias; on Hopper also residual and LayerNorm.");
-  m.def("encoder", &encoder, "All kept layers of a small batch; see encoder_cuda.h.");
+  m.def("encoder", &encoder, Launch(), "All kept layers of a small batch; see encoder_cuda.h.");
   m.def("encoder_workspace_bytes",
         [](int device, int tokens, int sequences, int layers, int hidden_size, int head_dim,
            int max_heads, int max_intermediate) {
@@ -368,5 +380,6 @@ PYBIND11_MODULE(DYNABERT_CUDA_MODULE, m) {
   });
   m.def("compute_capability", &compute_capability, "Of a device, such as 90.");
   m.attr("FUSED_NORM_HIDDEN_SIZE") = kFusedNormHiddenSize;
+  m.def("versions", &versions, "Of the driver and of the CUDA runtime, such as 13000.");
   m.def("build_info", &build_info, "Architectures, PTX, nvcc's release, hash of the sources.");
 }

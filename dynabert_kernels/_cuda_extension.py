@@ -80,7 +80,25 @@ def _recorded_reason() -> str:
 
 def cuda_error() -> str | None:
     """None if the module can be used, else why it cannot, as one sentence."""
-    return _load()[1]
+    module, reason = _load()
+    if module is None:
+        return reason
+    if not hasattr(module, "versions"):
+        return "the CUDA kernels were built from older sources. Build them again"
+    return _driver_error(*module.versions())
+
+
+def _driver_error(driver: int, runtime: int) -> str | None:
+    """Why a driver cannot run what a runtime loads, or None; versions such as 13000, 0 for none.
+
+    A driver runs what later toolkits of its own major version have built.
+    """
+    if driver == 0 or driver // 1000 >= runtime // 1000:
+        return None
+    return (
+        f"the driver is for CUDA {driver // 1000}, and the kernels were built with CUDA "
+        f"{runtime // 1000}. Update the driver, or build them with an older toolkit"
+    )
 
 
 def cuda_extension() -> ModuleType:

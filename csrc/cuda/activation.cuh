@@ -43,7 +43,8 @@ DYNABERT_DEVICE float gelu_erf(float x) {
   q = fmaf(q, z, -1.1510006f);
   q = fmaf(q, z, -1.0f);
   const float tail = activation_detail::exp2_fast(q);
-  return fmaf(-z, tail, fmaxf(x, 0.0f));
+  // The tail is zero long before the bound, which keeps infinity times zero out.
+  return fmaf(-fminf(z, 64.0f), tail, fmaxf(x, 0.0f));
 }
 
 // x / 2 * (1 + tanh(u)) with u = sqrt(2 / pi) * (x + 0.044715 x^3), as x / (1 + 2^(-2 u log2 e)).

@@ -29,7 +29,7 @@ CSRC = Path(__file__).resolve().parents[1]
 TOOLKIT = "/usr/local/cuda"
 
 # What nvcc makes code for, of what it knows; PTX of the last serves cards that are newer still.
-ARCHITECTURES = ("80", "86", "89", "90a", "120")
+ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
 HOPPER = "90a"
 OLDEST_NVCC = (12, 0)  # C++20, and Hopper
 HOST_FLAGS = ("-fPIC", "-fvisibility=hidden", "-Wall")

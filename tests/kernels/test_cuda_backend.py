@@ -11,6 +11,7 @@ import re
 import runpy
 import subprocess
 import sys
+import types
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -249,6 +250,28 @@ def test_what_is_said_without_a_module(monkeypatch, tmp_path):
         _cuda_extension._load.cache_clear()
 
 
+def test_what_is_said_of_a_module_that_does_not_fit(monkeypatch):
+    older, module = types.ModuleType("kernels"), types.ModuleType("kernels")
+    monkeypatch.setattr(_cuda_extension, "_load", lambda: (older, None))
+    assert _cuda_extension.cuda_error() == (
+        "the CUDA kernels were built from older sources. Build them again"
+    )
+    monkeypatch.setattr(_cuda_extension, "_load", lambda: (module, None))
+    for driver, runtime, sentence in (
+        (0, 13000, None),  # there is none: other sentences say so
+        (13010, 13000, None),
+        (13000, 13020, None),
+        (
+            12080,
+            13000,
+            "the driver is for CUDA 12, and the kernels were built with CUDA 13. "
+            "Update the driver, or build them with an older toolkit",
+        ),
+    ):
+        module.versions = lambda found=(driver, runtime): found
+        assert _cuda_extension.cuda_error() == sentence
+
+
 # --- what is proven
 
 
@@ -376,7 +399,7 @@ def test_sources_are_the_kernels_and_the_module():
 
 def test_every_source_names_its_architectures(toolkit):
     compiler = build_cuda.nvcc_compiler(toolkit())
-    every = [f"compute_{a},code=sm_{a}" for a in ("80", "86", "89", "90a", "120")]
+    every = [f"compute_{a},code=sm_{a}" for a in ("80", "86", "89", "90a", "100", "120")]
     assert codes(compiler, "gemm_sm90.cu") == ["compute_90a,code=sm_90a"]
     assert codes(compiler, "encoder_cuda.cu") == ["compute_90a,code=sm_90a"]
     others = [p.name for p in build_cuda.sources() if p.suffix == ".cu" and "sm90" not in p.name]
@@ -443,7 +466,7 @@ def test_a_build_compiles_what_has_changed(toolkit, tmp_path):
     os.utime(header, (4e9, 4e9))
     assert len(made()[1]) == len(objects) + 1
     info = (work / "build_info.h").read_text()
-    assert 'kBuildArchitectures[] = "80,86,89,90a,120"' in info
+    assert 'kBuildArchitectures[] = "80,86,89,90a,100,120"' in info
     assert f'kBuildSources[] = "{build_cuda.source_hash()}"' in info
 
 
@@ -483,7 +506,7 @@ def test_the_build_is_recorded(setup_script, toolkit, tmp_path, monkeypatch):
     assert record() == {
         "cuda_built": True,
         "cuda_reason": None,
-        "cuda_architectures": ["80", "86", "89", "90a", "120"],
+        "cuda_architectures": ["80", "86", "89", "90a", "100", "120"],
         "nvcc": "13.0",
     }
     assert len(list(folder.glob("_C_cuda.*.so"))) == 1

@@ -140,6 +140,10 @@ DYNABERT_RUNTIME cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
+DYNABERT_RUNTIME cudaDriverGetVersion(int* version) {
+  *version = CUDART_VERSION;
+  return cudaSuccess;
+}
 DYNABERT_RUNTIME cudaSetDevice(int device) {
   return dynabert::emulation::remember(device == 0 ? cudaSuccess : cudaErrorInvalidDevice);
 }
