@@ -41,8 +41,7 @@ void attention_qkv(const AttentionArgs& args, std::int64_t first, std::int64_t l
                          1,       0,           {of_head + panels.head_bytes, panel_bytes}};
     const std::int64_t lanes = head * head_panels * kLanes;
     multiply<Dot>(
-        tokens.units, tokens.stride, last - first, weights, begin - head * head_panels,
-        end - head * head_panels,
+        tokens, last - first, weights, begin - head * head_panels, end - head * head_panels,
         [&](const Tile& tile, std::int64_t row, std::int64_t count, std::int64_t panel,
             std::int64_t width) {
           for (std::int64_t p = 0; p < width; ++p) {
@@ -56,7 +55,7 @@ void attention_qkv(const AttentionArgs& args, std::int64_t first, std::int64_t l
             CoreElement<Dot>* to =
                 qkv + ((head * 3 + part) * args.num_tokens + first + row) * dim + d;
             for (std::int64_t r = 0; r < count; ++r) {
-              const F32x16 product = product_of<Dot>(tile.row(r, p), tokens, row + r);
+              const F32x16 product = load(tile.row(r, p));
               store_core(to + r * dim, fma(product, scale, bias), smaller(kLanes, dim - d));
             }
           }
@@ -140,7 +139,7 @@ void attend_block(const Element* queries, std::int64_t rows, std::int64_t dim,
                   Running& running, float* sums) {
   constexpr std::int64_t kUnit = 4 / sizeof(Element);
   const std::int64_t d16 = round_up(dim, kLanes);
-  multiply<Dot>(reinterpret_cast<const std::uint32_t*>(queries), dim / kUnit, rows, block.keys, 0,
+  multiply<Dot>({reinterpret_cast<const std::uint32_t*>(queries), dim / kUnit}, rows, block.keys, 0,
                 ceil_div(block.count, kLanes),
                 [&](const Tile& tile, std::int64_t row, std::int64_t count, std::int64_t panel,
                     std::int64_t width) {
@@ -173,7 +172,7 @@ void attend_block(const Element* queries, std::int64_t rows, std::int64_t dim,
     running.total[row] = (is_first ? 0.0f : running.total[row] * shrink[row]) + sum_of(total);
     running.top[row] = top;
   }
-  multiply<Dot>(reinterpret_cast<const std::uint32_t*>(chances), kKeyBlock / kUnit, rows,
+  multiply<Dot>({reinterpret_cast<const std::uint32_t*>(chances), kKeyBlock / kUnit}, rows,
                 block.values, 0, d16 / kLanes,
                 [&](const Tile& tile, std::int64_t row, std::int64_t count, std::int64_t panel,
                     std::int64_t width) {
@@ -264,13 +263,12 @@ void attention_out(const AttentionArgs& args, const Tokens& context, std::int64_
                        args.heads,
                        panels.head_bytes,
                        args.next};
-  multiply<Dot>(context.units, context.stride, rows, weights, first_panel, last_panel,
+  multiply<Dot>(context, rows, weights, first_panel, last_panel,
                 [&](const Tile& tile, std::int64_t row, std::int64_t count, std::int64_t panel,
                     std::int64_t width) {
                   for (std::int64_t r = 0; r < count; ++r) {
                     for (std::int64_t p = 0; p < width; ++p) {
-                      store(sums + (row + r) * c16 + (panel + p) * kLanes,
-                            product_of<Dot>(tile.row(r, p), context, row + r));
+                      store(sums + (row + r) * c16 + (panel + p) * kLanes, load(tile.row(r, p)));
                     }
                   }
                 });
@@ -297,9 +295,7 @@ void attention_rows(const AttentionArgs& args, std::int64_t first, std::int64_t 
   attention_context<Dot>(args, first, last, 0, args.heads, context, stride);
   const Tokens tokens = attention_context_tokens<Dot>(args, context, rows, frame);
   attention_out<Dot>(args, tokens, rows, 0, c16 / kLanes, sums);
-  for (std::int64_t row = 0; row < rows; ++row) {
-    norm_row(panels.norm, args.rows, first + row, panels.hidden_size, sums + row * c16);
-  }
+  norm_rows(panels.norm, args.rows, first, last, panels.hidden_size, sums);
 }
 
 template <class Dot>
@@ -321,7 +317,6 @@ void attention_out_shared(const AttentionArgs& args, std::int64_t first_panel,
 inline void attention_norm(const AttentionArgs& args, std::int64_t first, std::int64_t last,
                            float* sums) {
   const std::int64_t c16 = round_up(args.panels->hidden_size, kLanes);
-  for (std::int64_t row = first; row < last; ++row) {
-    norm_row(args.panels->norm, args.rows, row, args.panels->hidden_size, sums + row * c16);
-  }
+  norm_rows(args.panels->norm, args.rows, first, last, args.panels->hidden_size,
+            sums + first * c16);
 }

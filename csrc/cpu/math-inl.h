@@ -112,39 +112,69 @@ inline void store_element(Element element, void* base, std::int64_t at, F32x16 x
   store_bf16(static_cast<std::uint16_t*>(base) + at, x, n);
 }
 
-// LayerNorm(sums * scale + bias + residual) of one row; `sums` is overwritten. Mean and variance in
-// two passes, as the textbook has it: one pass loses digits where the mean is large.
-inline void norm_row(const NormWeights& norm, const Rows& rows, std::int64_t row,
+// LayerNorm(sums * scale + bias + residual) of `kRows` rows, whose sums run side by side: on its
+// own a row waits for each addition. Mean and variance in two passes, as the textbook has it: one
+// pass loses digits where the mean is large.
+template <int kRows>
+inline void norm_few(const NormWeights& norm, const Rows& rows, std::int64_t first,
                      std::int64_t hidden_size, float* sums) {
-  const std::int64_t at = row * hidden_size;
-  F32x16 total = zero();
+  const std::int64_t stride = round_up(hidden_size, kLanes);
+  F32x16 total[kRows], squares[kRows], mean[kRows], inverse[kRows];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) total[r] = squares[r] = zero();
   for (std::int64_t c = 0; c < hidden_size; c += kLanes) {
     const std::int64_t n = smaller(kLanes, hidden_size - c);
-    const F32x16 added =
-        add(load(norm.bias + c), load_element(rows.element, rows.hidden, at + c, n));
-    const F32x16 product = load(sums + c);
-    const F32x16 x =
-        norm.scale == nullptr ? add(product, added) : fma(product, load(norm.scale + c), added);
-    const F32x16 kept = n == kLanes ? x : select_first(n, x, zero());
-    store(sums + c, kept);
-    total = add(total, kept);
+    const F32x16 bias = load(norm.bias + c);
+    const F32x16 scale = norm.scale == nullptr ? set1(1.0f) : load(norm.scale + c);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const std::int64_t at = (first + r) * hidden_size + c;
+      const F32x16 added = add(bias, load_element(rows.element, rows.hidden, at, n));
+      const F32x16 x = fma(load(sums + r * stride + c), scale, added);
+      const F32x16 kept = n == kLanes ? x : select_first(n, x, zero());
+      store(sums + r * stride + c, kept);
+      total[r] = add(total[r], kept);
+    }
   }
-  const F32x16 mean = set1(sum_of(total) / static_cast<float>(hidden_size));
-  F32x16 squares = zero();
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+    mean[r] = set1(sum_of(total[r]) / static_cast<float>(hidden_size));
   for (std::int64_t c = 0; c < hidden_size; c += kLanes) {
     const std::int64_t n = smaller(kLanes, hidden_size - c);
-    const F32x16 difference = sub(load(sums + c), mean);
-    const F32x16 kept = n == kLanes ? difference : select_first(n, difference, zero());
-    squares = fma(kept, kept, squares);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const F32x16 difference = sub(load(sums + r * stride + c), mean[r]);
+      const F32x16 kept = n == kLanes ? difference : select_first(n, difference, zero());
+      squares[r] = fma(kept, kept, squares[r]);
+    }
   }
-  const float variance = sum_of(squares) / static_cast<float>(hidden_size);
-  const F32x16 inverse = set1(1.0f / __builtin_sqrtf(variance + norm.eps));
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    const float variance = sum_of(squares[r]) / static_cast<float>(hidden_size);
+    inverse[r] = set1(1.0f / __builtin_sqrtf(variance + norm.eps));
+  }
   for (std::int64_t c = 0; c < hidden_size; c += kLanes) {
     const std::int64_t n = smaller(kLanes, hidden_size - c);
-    const F32x16 normed = mul(sub(load(sums + c), mean), inverse);
-    const F32x16 y = fma(normed, load(norm.norm_weight + c), load(norm.norm_bias + c));
-    store_element(rows.element, rows.output, at + c, y, n);
+    const F32x16 weight = load(norm.norm_weight + c), bias = load(norm.norm_bias + c);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const F32x16 normed = mul(sub(load(sums + r * stride + c), mean[r]), inverse[r]);
+      store_element(rows.element, rows.output, (first + r) * hidden_size + c,
+                    fma(normed, weight, bias), n);
+    }
   }
+}
+
+// The same of rows [first, last); `sums` [last - first][C16] is overwritten.
+inline void norm_rows(const NormWeights& norm, const Rows& rows, std::int64_t first,
+                      std::int64_t last, std::int64_t hidden_size, float* sums) {
+  constexpr int kRows = 4;
+  const std::int64_t stride = round_up(hidden_size, kLanes);
+  std::int64_t row = first;
+  for (; row + kRows <= last; row += kRows, sums += kRows * stride) {
+    norm_few<kRows>(norm, rows, row, hidden_size, sums);
+  }
+  for (; row < last; ++row, sums += stride) norm_few<1>(norm, rows, row, hidden_size, sums);
 }
 
 // Largest magnitude of a row; NaN if there is one in it.
@@ -229,8 +259,13 @@ inline float quantize_row(const float* x, float limit, std::int64_t count, std::
 struct Tokens {
   const std::uint32_t* units;
   std::int64_t stride;  // units
-  const float* scales;
-  const std::int32_t* offsets;
+  const float* scales = nullptr;
+  const std::int32_t* offsets = nullptr;
+
+  Tokens from(std::int64_t row) const {
+    const Tokens rest{units + row * stride, stride};
+    return scales == nullptr ? rest : Tokens{rest.units, stride, scales + row, offsets + row};
+  }
 };
 
 // Rows of `count` elements as units of `compute`, zeros up to `stride` units.
@@ -271,15 +306,4 @@ inline Tokens stage_tokens(Compute compute, Element element, const void* base, s
     }
   }
   return {staged, stride, scales, offsets};
-}
-
-// Sums of a tile as floats, row scales applied.
-template <class Dot>
-inline F32x16 product_of(const float* sums, const Tokens&, std::int64_t) {
-  return load(sums);
-}
-template <>
-inline F32x16 product_of<DotInt8>(const float* sums, const Tokens& tokens, std::int64_t row) {
-  const I32x16 exact = load_int32(reinterpret_cast<const std::int32_t*>(sums));
-  return mul(to_float(subtract(exact, tokens.offsets[row])), set1(tokens.scales[row]));
 }

@@ -138,7 +138,7 @@ void add_product(const std::uint32_t* tokens, std::int64_t token_stride, std::in
   const bool odd = inputs % kUnit<Dot> != 0;
   const std::int64_t steps = inputs / kUnit<Dot>;
   const Operand from{operand.data + first / kUnit<Dot> * kStepBytes, operand.panel_bytes};
-  multiply<Dot>(tokens, token_stride, rows, panels_of(from, steps), 0, ceil_div(outputs, kLanes),
+  multiply<Dot>({tokens, token_stride}, rows, panels_of(from, steps), 0, ceil_div(outputs, kLanes),
                 [&](const Tile& tile, std::int64_t row, std::int64_t count, std::int64_t panel,
                     std::int64_t width) {
                   for (std::int64_t r = 0; r < count; ++r) {
@@ -196,7 +196,7 @@ void weight_gradient(const WeightGradientArgs& args, std::int64_t first, std::in
     }
     const std::int64_t steps = ceil_div(tokens, kUnit<Dot>);
     const Operand other{const_cast<std::byte*>(chunk.panels), steps * kStepBytes};
-    multiply<Dot>(staged, stride, rows, panels_of(other, steps), 0, c16 / kLanes,
+    multiply<Dot>({staged, stride}, rows, panels_of(other, steps), 0, c16 / kLanes,
                   [&](const Tile& tile, std::int64_t row, std::int64_t count, std::int64_t panel,
                       std::int64_t width) {
                     for (std::int64_t r = 0; r < count; ++r) {

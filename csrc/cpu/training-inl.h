@@ -120,20 +120,20 @@ template <class Dot>
 void project(const ProjectArgs& args, std::int64_t first, std::int64_t last) {
   ScratchFrame frame;
   const Tokens tokens = stage_matrix<Dot>(args.tokens, args.inputs, first, last, frame);
-  multiply<Dot>(
-      tokens.units, tokens.stride, last - first,
-      panels_of(args.weights, ceil_div(args.inputs, kUnit<Dot>)), 0, ceil_div(args.outputs, kLanes),
-      [&](const Tile& tile, std::int64_t row, std::int64_t count, std::int64_t panel,
-          std::int64_t width) {
-        for (std::int64_t p = 0; p < width; ++p) {
-          const std::int64_t at = (panel + p) * kLanes;
-          const F32x16 bias = args.bias == nullptr ? zero() : load(args.bias + at);
-          for (std::int64_t r = 0; r < count; ++r) {
-            store_element(kElementOf<Dot>, args.to, (first + row + r) * args.to_stride + at,
+  multiply<Dot>(tokens, last - first, panels_of(args.weights, ceil_div(args.inputs, kUnit<Dot>)), 0,
+                ceil_div(args.outputs, kLanes),
+                [&](const Tile& tile, std::int64_t row, std::int64_t count, std::int64_t panel,
+                    std::int64_t width) {
+                  for (std::int64_t p = 0; p < width; ++p) {
+                    const std::int64_t at = (panel + p) * kLanes;
+                    const F32x16 bias = args.bias == nullptr ? zero() : load(args.bias + at);
+                    for (std::int64_t r = 0; r < count; ++r) {
+                      store_element(
+                          kElementOf<Dot>, args.to, (first + row + r) * args.to_stride + at,
                           add(load(tile.row(r, p)), bias), smaller(kLanes, args.outputs - at));
-          }
-        }
-      });
+                    }
+                  }
+                });
 }
 
 template <class Dot>

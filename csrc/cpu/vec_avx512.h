@@ -233,7 +233,11 @@ struct DotInt8 {
   static Sum zero_sum() { return _mm512_setzero_si512(); }
   static Panel load(const std::byte* p) { return _mm512_loadu_si512(p); }
   static Unit broadcast(std::uint32_t unit) { return _mm512_set1_epi32(static_cast<int>(unit)); }
-  static Sum step(Sum sum, Unit a, Panel b) { return _mm512_dpbusd_epi32(sum, b, a); }
+  static Sum step(Sum sum, Unit a, Panel b) {
+    // Not the intrinsic, with which g++ 12 copies each sum.
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(b), "v"(a));
+    return sum;
+  }
   static void store(float* p, Sum sum) { _mm512_storeu_si512(p, sum); }
 };
 #else

@@ -34,7 +34,7 @@ void ffn_up(const FfnPanels& panels, const FfnGroup& part, std::int64_t group, c
             std::int64_t rows, std::int64_t first, std::int64_t last, void* inner) {
   const std::int64_t base = group * kNeuronGroup;
   with_activation(panels.activation, [&](auto activate) {
-    multiply<Dot>(tokens.units, tokens.stride, rows, part.up, first, last,
+    multiply<Dot>(tokens, rows, part.up, first, last,
                   [&](const Tile& tile, std::int64_t row, std::int64_t count, std::int64_t panel,
                       std::int64_t width) {
                     for (std::int64_t p = 0; p < width; ++p) {
@@ -45,7 +45,7 @@ void ffn_up(const FfnPanels& panels, const FfnGroup& part, std::int64_t group, c
                                                : load(panels.up_scale + base + at);
                       const std::int64_t live = part.neurons - at;
                       for (std::int64_t r = 0; r < count; ++r) {
-                        const F32x16 product = product_of<Dot>(tile.row(r, p), tokens, row + r);
+                        const F32x16 product = load(tile.row(r, p));
                         F32x16 y = activate(fma(product, scale, bias));
                         if (live < kLanes) y = select_first(live, y, zero());
                         const std::int64_t to = (row + r) * kNeuronGroup + at;
@@ -86,13 +86,13 @@ Tokens ffn_inner_tokens(const void* inner, const FfnGroup& part, std::int64_t ro
 template <class Dot>
 void ffn_down(const FfnGroup& part, std::int64_t group, const Tokens& inner, std::int64_t rows,
               std::int64_t first, std::int64_t last, std::int64_t sums_stride, float* sums) {
-  multiply<Dot>(inner.units, inner.stride, rows, part.down, first, last,
+  multiply<Dot>(inner, rows, part.down, first, last,
                 [&](const Tile& tile, std::int64_t row, std::int64_t count, std::int64_t panel,
                     std::int64_t width) {
                   for (std::int64_t r = 0; r < count; ++r) {
                     for (std::int64_t p = 0; p < width; ++p) {
                       float* to = sums + (row + r) * sums_stride + (panel + p) * kLanes;
-                      F32x16 product = product_of<Dot>(tile.row(r, p), inner, row + r);
+                      F32x16 product = load(tile.row(r, p));
                       if (part.is_odd) {
                         const std::int64_t step = part.down.steps;
                         product =
@@ -124,9 +124,7 @@ void ffn_block(const FfnArgs& args, std::int64_t first, std::int64_t last) {
     const Tokens active = ffn_inner_tokens<Dot>(inner, part, rows, inner_frame);
     ffn_down<Dot>(part, group, active, rows, 0, c16 / kLanes, c16, sums);
   }
-  for (std::int64_t row = 0; row < rows; ++row) {
-    norm_row(panels.norm, args.rows, first + row, panels.hidden_size, sums + row * c16);
-  }
+  norm_rows(panels.norm, args.rows, first, last, panels.hidden_size, sums);
 }
 
 template <class Dot>
@@ -167,7 +165,6 @@ void ffn_down_shared(const FfnArgs& args, std::int64_t tokens, std::int64_t firs
 
 inline void ffn_norm(const FfnArgs& args, std::int64_t first, std::int64_t last, float* sums) {
   const std::int64_t c16 = round_up(args.panels->hidden_size, kLanes);
-  for (std::int64_t row = first; row < last; ++row) {
-    norm_row(args.panels->norm, args.rows, row, args.panels->hidden_size, sums + row * c16);
-  }
+  norm_rows(args.panels->norm, args.rows, first, last, args.panels->hidden_size,
+            sums + first * c16);
 }

@@ -72,26 +72,25 @@ void ffn_forward(const FfnForwardArgs& args, std::int64_t first, std::int64_t la
   for (std::int64_t base = 0; base < args.neurons; base += kNeuronGroup) {
     const std::int64_t neurons = smaller(kNeuronGroup, args.neurons - base);
     with_activation(args.activation, [&](auto activate) {
-      multiply<Dot>(tokens.units, tokens.stride, rows,
-                    panels_of(outputs_from(args.up, base), ceil_div(size, kUnit<Dot>)), 0,
-                    ceil_div(neurons, kLanes),
-                    [&](const Tile& tile, std::int64_t row, std::int64_t count, std::int64_t panel,
-                        std::int64_t width) {
-                      for (std::int64_t p = 0; p < width; ++p) {
-                        const std::int64_t at = (panel + p) * kLanes;
-                        const std::int64_t live = smaller(kLanes, neurons - at);
-                        const F32x16 bias = load(args.up_bias + base + at);
-                        for (std::int64_t r = 0; r < count; ++r) {
-                          const F32x16 x = add(load(tile.row(r, p)), bias);
-                          store_element(kElementOf<Dot>, args.pre_activation,
-                                        (first + row + r) * args.up_stride + base + at, x, live);
-                          F32x16 y = activate(x);
-                          if (live < kLanes) y = select_first(live, y, zero());
-                          store_element(kElementOf<Dot>, inner, (row + r) * kNeuronGroup + at, y,
-                                        kLanes);
-                        }
-                      }
-                    });
+      multiply<Dot>(
+          tokens, rows, panels_of(outputs_from(args.up, base), ceil_div(size, kUnit<Dot>)), 0,
+          ceil_div(neurons, kLanes),
+          [&](const Tile& tile, std::int64_t row, std::int64_t count, std::int64_t panel,
+              std::int64_t width) {
+            for (std::int64_t p = 0; p < width; ++p) {
+              const std::int64_t at = (panel + p) * kLanes;
+              const std::int64_t live = smaller(kLanes, neurons - at);
+              const F32x16 bias = load(args.up_bias + base + at);
+              for (std::int64_t r = 0; r < count; ++r) {
+                const F32x16 x = add(load(tile.row(r, p)), bias);
+                store_element(kElementOf<Dot>, args.pre_activation,
+                              (first + row + r) * args.up_stride + base + at, x, live);
+                F32x16 y = activate(x);
+                if (live < kLanes) y = select_first(live, y, zero());
+                store_element(kElementOf<Dot>, inner, (row + r) * kNeuronGroup + at, y, kLanes);
+              }
+            }
+          });
     });
     add_product<Dot>(static_cast<const std::uint32_t*>(inner), kNeuronGroup / kUnit<Dot>, rows,
                      args.down, base, neurons, c16, base == 0, sums, c16);
@@ -111,7 +110,7 @@ void ffn_backward(const FfnBackwardArgs& args, std::int64_t first, std::int64_t 
   for (std::int64_t base = 0; base < args.neurons; base += kNeuronGroup) {
     const std::int64_t neurons = smaller(kNeuronGroup, args.neurons - base);
     with_derivative(args.activation, [&](auto activate, auto derive) {
-      multiply<Dot>(upstream, stride, rows,
+      multiply<Dot>({upstream, stride}, rows,
                     panels_of(outputs_from(args.down_by_neuron, base), ceil_div(size, kUnit<Dot>)),
                     0, ceil_div(neurons, kLanes),
                     [&](const Tile& tile, std::int64_t row, std::int64_t count, std::int64_t panel,
