@@ -112,6 +112,4 @@ for child in children:
 
 @pytest.mark.slow
 def test_children_of_a_process_that_only_imported_use_threads_of_their_own(tmp_path: Path) -> None:
-    if "-fsanitize" in cpu_extension().build_info()["flags"]:
-        pytest.skip("under the sanitizer the parent starts OpenMP's threads, which a child lacks")
     subprocess.run([sys.executable, "-c", _TWO_THREADS], cwd=tmp_path, check=True, timeout=120)
